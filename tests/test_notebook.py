@@ -1,0 +1,107 @@
+"""The notebook as a file: it runs twice with the smoke preset, and what is committed is clean. README's words are true."""
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from conftest import NOTEBOOK, ROOT
+
+
+def committed(name):
+    """The file as git has it, so that a reader's own edits don't fail a test; from the disk where there is no git."""
+    found = subprocess.run(["git", "show", f"HEAD:{name}"], cwd=ROOT, capture_output=True)
+    return found.stdout.decode() if found.returncode == 0 else (ROOT / name).read_text(encoding="utf-8")
+
+
+def outputs_text(notebook):
+    pieces = []
+    for cell in notebook["cells"]:
+        for output in cell.get("outputs", []):
+            pieces.append("".join(output.get("text", [])) + "".join(output.get("data", {}).get("text/plain", [])))
+    return "\n".join(pieces)
+
+
+@pytest.fixture(scope="module")
+def notebook():
+    return json.loads(committed("gpt_from_scratch.ipynb"))
+
+
+def test_smoke_twice(tmp_path):
+    shutil.copy(NOTEBOOK, tmp_path)
+    environment = {**os.environ, "GPT_PRESET": "smoke", "HF_HUB_OFFLINE": "1"}
+    environment.pop("TIKTOKEN_CACHE_DIR", None)
+    texts = []
+    for _ in range(2):
+        subprocess.run([sys.executable, "-m", "jupyter", "execute", NOTEBOOK.name, "--output", "run.ipynb"], cwd=tmp_path, env=environment,
+                       check=True, capture_output=True, timeout=600)
+        texts.append(outputs_text(json.loads((tmp_path / "run.ipynb").read_text(encoding="utf-8"))))
+    assert "picked up the checkpoint" in texts[1] and "picked up the checkpoint" not in texts[0]
+    scores = [re.search(r"GPT: ([\d.]+) nats", text).group(1) for text in texts]
+    assert scores[0] == scores[1]
+    assert sorted(os.listdir(tmp_path)) == ["checkpoints", "data", "gpt_from_scratch.ipynb", "run.ipynb"]
+
+
+def test_committed_notebook_was_executed_in_order(notebook):
+    code = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    assert [cell["execution_count"] for cell in code] == list(range(1, len(code) + 1))
+    assert not [o for cell in code for o in cell["outputs"] if o["output_type"] == "error"]
+    assert "preset: laptop, corpus: python" in outputs_text(notebook)
+
+
+def test_committed_notebook_is_clean(notebook):
+    text = committed("gpt_from_scratch.ipynb")
+    assert len(text.encode()) < 2_000_000 and "widgets" not in notebook["metadata"]
+    outputs = json.dumps([cell.get("outputs") for cell in notebook["cells"]])
+    assert not re.search(r"/(home|root|work|Users|tmp)/|site-packages", outputs)
+    for cell in notebook["cells"]:
+        if cell["cell_type"] == "code":
+            assert len("".join(cell["source"]).splitlines()) <= 62
+            assert not ("define" in cell["metadata"].get("tags", []) and cell["outputs"]), "a define cell printed something"
+
+
+def test_headings_are_in_order_and_links_work(notebook):
+    text = "\n".join("".join(cell["source"]) for cell in notebook["cells"] if cell["cell_type"] == "markdown")
+    headings = re.findall(r"^(#+) (.*)$", text, re.M)
+    assert [level for level, _ in headings].count("#") == 1 and headings[0][0] == "#"
+    for (a, _), (b, _) in zip(headings, headings[1:]):
+        assert len(b) <= len(a) + 1
+    anchors = {title.replace(" ", "-") for _, title in headings}
+    links = re.findall(r"\]\(#([^\n]*?)\)(?= ·|$)", text, re.M)
+    assert len(links) == 14 and set(links) <= anchors
+
+
+def test_every_section_from_1_says_what_goes_in_and_out(notebook):
+    text = "\n".join("".join(cell["source"]) for cell in notebook["cells"] if cell["cell_type"] == "markdown")
+    for number in range(1, 13):
+        section = re.search(rf"^## {number} .*?(?=^## |\Z)", text, re.M | re.S).group(0)
+        assert re.search(r"\*\*In\*\* .* → (\*\*Out\*\*|pictures)", section), number
+
+
+def test_readme_figures_stand_in_the_outputs(notebook):
+    """Each figure in README between backquotes that starts with a digit must be printed by the committed notebook."""
+    outputs = outputs_text(notebook)
+    figures = re.findall(r"`([-−+]?\d[\d.,]*[%×]?)`", committed("README.md"))
+    assert len(figures) >= 8
+    for figure in figures:
+        assert figure in outputs, f"README says {figure}, but no output does"
+
+
+def test_readme_commands_and_sample(notebook):
+    readme = committed("README.md")
+    commands = [line for line in readme.splitlines() if line.startswith("pip install")]
+    assert len(commands) == 2
+    assert "jupyter execute gpt_from_scratch.ipynb --output" in commands[0] and "pytest" in commands[1]
+    sample = re.search(r"```python\n(.*?)```", readme, re.S).group(1).strip()
+    assert sample in outputs_text(notebook), "the sample in README is not in the outputs"
+
+
+def test_top_level_holds_what_was_agreed():
+    listed = subprocess.run(["git", "ls-tree", "--name-only", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+    if listed.returncode:
+        pytest.skip("needs a git checkout")
+    assert {name for name in listed.stdout.split() if not name.startswith(".")} == {
+        "gpt_from_scratch.ipynb", "data", "checkpoints", "requirements.txt", "README.md", "LICENSE", "tests"}
