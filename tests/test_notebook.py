@@ -33,6 +33,7 @@ def notebook():
 def test_smoke_twice(tmp_path):
     shutil.copy(NOTEBOOK, tmp_path)
     environment = {**os.environ, "GPT_PRESET": "smoke", "HF_HUB_OFFLINE": "1"}
+    environment["PATH"] = os.path.dirname(sys.executable) + os.pathsep + environment["PATH"]  # so that jupyter is this Python's
     environment.pop("TIKTOKEN_CACHE_DIR", None)
     texts = []
     for _ in range(2):
