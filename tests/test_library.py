@@ -269,6 +269,21 @@ def test_split_depends_on_the_name_alone(library):
     assert library.split_name("json/decoder.py", 0.06) == library.split_name("json/decoder.py", 0.06)
 
 
+@given(st.lists(st.integers(1, 40), min_size=1, max_size=12), st.integers(2, 20))
+@hypothesis_settings(max_examples=80, deadline=None)
+def test_windows_start_at_documents(library, lengths, context):
+    tokens = torch.tensor([0] + [t for n in lengths for t in [1] * n + [0]])
+    ends = (tokens == 0).nonzero()[:, 0].tolist()
+    starts = library.window_starts(tokens, 0, context).tolist()
+    assert starts == sorted(set(starts)) and all(s + context < len(tokens) for s in starts)
+    assert set(starts) >= {e for e in ends[:-1] if e + context < len(tokens)}
+    for a, b in zip(ends, ends[1:]):                                    # inside a document: every half window, none near its end
+        assert all((s - a) % (context // 2) == 0 and s + context // 2 < b for s in starts if a < s < b)
+    if starts:
+        inputs, targets = library.get_batch(torch.arange(len(tokens)), 64, context, starts=torch.tensor(starts))
+        assert set(inputs[:, 0].tolist()) <= set(starts) and torch.equal(targets, inputs + 1)
+
+
 def test_shared_passages(library):
     training = np.arange(1000)
     assert library.shared_passages([list(range(100, 120)), list(range(119, 100, -1)), list(range(100, 119)), [5, 5] + list(range(300, 330))], training).tolist() \
