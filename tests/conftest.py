@@ -32,3 +32,15 @@ def load_library(replace=()):
 @pytest.fixture(scope="session")
 def library():
     return load_library()
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "faults: kills, full disks, damaged files, interrupts, bad input")
+    config.addinivalue_line("markers", "slow: minutes; run with -m slow")
+
+
+def pytest_collection_modifyitems(config, items):
+    if "slow" not in config.option.markexpr:
+        for item in items:
+            if item.get_closest_marker("slow"):
+                item.add_marker(pytest.mark.skip(reason="takes minutes; run with -m slow"))

@@ -104,7 +104,7 @@ def test_token_files_notice_damage(library, tokenizer, tmp_path, capsys):
         library.read_tokens(path, "other stamp")
     flipped = bytearray(good)
     flipped[-3] ^= 1
-    for bad in (good[:-1], good + b"x", bytes(flipped), good[:12], b"", b"x" * 50):
+    for bad in (good[:-1], good + b"x", bytes(flipped), good[:12], b"", b"x" * 50, good.replace(b'"bytes": 12', b'"bytes": 13')):
         path.write_bytes(bad)
         with pytest.raises(ValueError):
             library.read_tokens(path, "stamp")
@@ -145,35 +145,11 @@ def test_resume_is_exact(library, tmp_path, optimizer):
     assert len(history2["loss"]) == 7
     settings3, model3, optimizers3, generator3, _ = make_run(library, optimizer=optimizer, accumulation_steps=2)
     content = library.load_checkpoint(path, model3, optimizers3, generator3)
-    assert content["merges"] == [(b"a", b"b")]
+    assert content["merges"] == [(b"a", b"b")] and content["settings"]["optimizer"] == optimizer
     history3 = library.train(model3, optimizers3, tokens, settings3, content["history"], generator3)
     assert history3["loss"] == history["loss"]
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), model3.parameters()))
     assert os.listdir(tmp_path) == ["run.pt"]
-
-
-def test_checkpoints_of_others_are_refused(library, tmp_path):
-    settings, model, optimizers, generator, history = make_run(library)
-    path = tmp_path / "run.pt"
-    library.save_checkpoint(path, model, optimizers, 0, history, settings, [], generator, "s")
-    with pytest.raises(ValueError, match="another architecture: its n_layer is 2"):
-        library.load_checkpoint(path, library.GPT(dataclasses.replace(model.config, n_layer=3)))
-    path.write_bytes(path.read_bytes()[:1000])
-    with pytest.raises(ValueError, match="no readable checkpoint"):
-        library.load_checkpoint(path, model)
-
-
-class Payload:
-    def __reduce__(self):
-        return os.mkdir, (str(Payload.target),)
-
-
-def test_a_payload_never_runs(library, tmp_path):
-    Payload.target = tmp_path / "ran"
-    torch.save({"version": 1, "config": Payload()}, tmp_path / "evil.pt")
-    with pytest.raises(ValueError, match="no readable checkpoint"):
-        library.load_checkpoint(tmp_path / "evil.pt", library.GPT(referees.small_config(library)))
-    assert not Payload.target.exists()
 
 
 def test_numbers_gone_wrong_stop_the_run(library):
@@ -181,7 +157,7 @@ def test_numbers_gone_wrong_stop_the_run(library):
     with torch.no_grad():
         model.token_embedding.weight[:] = math.nan
     before = [p.clone() for p in model.blocks.parameters()]
-    with pytest.raises(FloatingPointError, match="step 3: .*not applied"):
+    with pytest.raises(FloatingPointError, match="step 3: .*not applied.*token_embedding.weight is no longer finite"):
         library.training_step(model, optimizers, torch.randint(300, (100,)), settings, 3, generator, torch.float32)
     assert all(torch.equal(a, b) for a, b in zip(before, model.blocks.parameters()))
 
@@ -213,13 +189,6 @@ def test_own_files_of_every_kind(library, tmp_path):
     library.datasets.Dataset.from_dict({"text": ["from parquet"]}).to_parquet(str(folder / "c.parquet"))
     assert sorted(own(library, tmp_path, folder)["text"]) == ["Hello.\n\nWorld.", "from json", "from parquet"]
     assert own(library, tmp_path, folder / "*.txt")["text"][:] == ["Hello.\n\nWorld."]
-
-
-@pytest.mark.parametrize("content, words", [(b"\xff\xfe\x00a", "is not UTF-8"), (b"", "no text|leaves")])
-def test_bad_files_get_one_sentence(library, tmp_path, content, words):
-    (tmp_path / "bad.txt").write_bytes(content)
-    with pytest.raises(ValueError, match=words):
-        library.split_documents(own(library, tmp_path, tmp_path / "bad.txt"), 0.1)
 
 
 def test_download_is_whole_or_nothing(library, tmp_path):
