@@ -106,3 +106,45 @@ def test_top_level_holds_what_was_agreed():
         pytest.skip("needs a git checkout")
     assert {name for name in listed.stdout.split() if not name.startswith(".")} == {
         "gpt_from_scratch.ipynb", "data", "checkpoints", "requirements.txt", "README.md", "LICENSE", "tests"}
+
+
+def run_with(tmp_path, changes, **environment):
+    """Executes the notebook with the smoke preset and other settings; returns what it printed."""
+    notebook = json.loads(NOTEBOOK.read_text(encoding="utf-8"))
+    for cell in notebook["cells"]:
+        if "parameters" in cell["metadata"].get("tags", []):
+            cell["source"] = f'preset = "smoke"\nchanges = {changes!r}'
+    (tmp_path / NOTEBOOK.name).write_text(json.dumps(notebook), encoding="utf-8")
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", **environment}
+    environment["PATH"] = os.path.dirname(sys.executable) + os.pathsep + environment["PATH"]
+    done = subprocess.run([sys.executable, "-m", "jupyter", "execute", NOTEBOOK.name, "--output", "run.ipynb"], cwd=tmp_path, env=environment,
+                          capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return outputs_text(json.loads((tmp_path / "run.ipynb").read_text(encoding="utf-8")))
+
+
+CLASSIC = dict(norm="layernorm", activation="gelu_tanh", position="learned", bias=True, tie_embeddings=True, qk_norm=False,
+               optimizer="adamw", learning_rate=0.001, dropout=0.1, windows="anywhere", split_pattern="gpt2")
+
+
+def test_gpt2s_choices_run_from_top_to_bottom(tmp_path):
+    assert "parameters, as on paper" in run_with(tmp_path, CLASSIC)
+
+
+def test_prose_of_ones_own_runs_from_top_to_bottom(tmp_path):
+    import inspect
+    import statistics
+
+    import unittest, argparse, logging, email.message, http.client, decimal
+    paragraphs = [inspect.getdoc(value) or "" for module in (statistics, unittest, argparse, logging, email.message, http.client, decimal, os, json)
+                  for value in vars(module).values()]
+    (tmp_path / "own.txt").write_text("\n\n".join(dict.fromkeys(paragraphs)), encoding="utf-8")
+    text = run_with(tmp_path, dict(corpus="own.txt", min_document_bytes=20, held_out_share=0.3))
+    assert "── greedy\nOnce upon a time" in text and "of 20 functions" not in text
+
+
+def test_gpt2s_vocabulary_runs_from_top_to_bottom(tmp_path):
+    folder = ROOT.parent / "shared" / "data" / "tiktoken"
+    if not folder.is_dir():
+        pytest.skip("needs GPT-2's vocabulary in a tiktoken cache beside the project")
+    assert "vocabulary: 50,257 tokens" in run_with(tmp_path, dict(tokenizer="gpt2", samples=5), TIKTOKEN_CACHE_DIR=str(folder))
