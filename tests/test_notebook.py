@@ -82,6 +82,18 @@ def test_every_section_from_1_says_what_goes_in_and_out(notebook):
         assert re.search(r"\*\*In\*\* .* → (\*\*Out\*\*|pictures)", section), number
 
 
+def test_every_figure_has_its_message(notebook):
+    cells, figures = notebook["cells"], 0
+    for i, cell in enumerate(cells):
+        if any("image/png" in output.get("data", {}) for output in cell.get("outputs", [])):
+            figures += 1
+            source = "".join(cell["source"])
+            titled = re.search(r"set_title\(|suptitle\(|draw_tokens\(|plot_losses\(", source)
+            followed = any(c["cell_type"] == "markdown" for c in cells[i + 1:i + 3])
+            assert titled or followed, source[:200]
+    assert figures >= 10
+
+
 def test_readme_figures_stand_in_the_outputs(notebook):
     """Each figure in README between backquotes that starts with a digit must be printed by the committed notebook."""
     outputs = outputs_text(notebook)
