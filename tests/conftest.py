@@ -2,6 +2,8 @@
 import json
 import os
 import pathlib
+import subprocess
+import sys
 import types
 
 os.environ.setdefault("MPLBACKEND", "agg")
@@ -27,6 +29,33 @@ def load_library(replace=()):
     for source in sources:
         exec(compile(source, "define cell", "exec"), module.__dict__)
     return module
+
+
+def outputs_text(notebook):
+    """All that a notebook (dict) printed or displayed as text."""
+    return "\n".join("".join(output.get("text", [])) + "".join(output.get("data", {}).get("text/plain", []))
+                     for cell in notebook["cells"] for output in cell.get("outputs", []))
+
+
+def start_notebook(folder, name=NOTEBOOK.name, output="run.ipynb", **environment):
+    """A process that executes a notebook in a folder, with the smoke preset unless told otherwise, offline."""
+    values = {**os.environ, "GPT_PRESET": "smoke", "HF_HUB_OFFLINE": "1", **environment}
+    values["PATH"] = os.path.dirname(sys.executable) + os.pathsep + values["PATH"]      # so that jupyter is this Python's
+    if "TIKTOKEN_CACHE_DIR" not in environment:
+        values.pop("TIKTOKEN_CACHE_DIR", None)
+    return subprocess.Popen([sys.executable, "-m", "jupyter", "execute", name, "--output", output], cwd=folder, env=values,
+                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def finish_notebook(process, folder, output="run.ipynb"):
+    """Waits for start_notebook's process; returns the text of the outputs."""
+    printed, _ = process.communicate(timeout=900)
+    assert process.returncode == 0, printed[-3000:]
+    return outputs_text(json.loads((folder / output).read_text(encoding="utf-8")))
+
+
+def execute_notebook(folder, *arguments, **options):
+    return finish_notebook(start_notebook(folder, *arguments, **options), folder)
 
 
 @pytest.fixture(scope="session")

@@ -4,25 +4,16 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 
 import pytest
 
-from conftest import NOTEBOOK, ROOT
+from conftest import NOTEBOOK, ROOT, execute_notebook, outputs_text
 
 
 def committed(name):
     """The file as git has it, so that a reader's own edits don't fail a test; from the disk where there is no git."""
     found = subprocess.run(["git", "show", f"HEAD:{name}"], cwd=ROOT, capture_output=True)
     return found.stdout.decode() if found.returncode == 0 else (ROOT / name).read_text(encoding="utf-8")
-
-
-def outputs_text(notebook):
-    pieces = []
-    for cell in notebook["cells"]:
-        for output in cell.get("outputs", []):
-            pieces.append("".join(output.get("text", [])) + "".join(output.get("data", {}).get("text/plain", [])))
-    return "\n".join(pieces)
 
 
 @pytest.fixture(scope="module")
@@ -32,14 +23,7 @@ def notebook():
 
 def test_smoke_twice(tmp_path):
     shutil.copy(NOTEBOOK, tmp_path)
-    environment = {**os.environ, "GPT_PRESET": "smoke", "HF_HUB_OFFLINE": "1"}
-    environment["PATH"] = os.path.dirname(sys.executable) + os.pathsep + environment["PATH"]  # so that jupyter is this Python's
-    environment.pop("TIKTOKEN_CACHE_DIR", None)
-    texts = []
-    for _ in range(2):
-        subprocess.run([sys.executable, "-m", "jupyter", "execute", NOTEBOOK.name, "--output", "run.ipynb"], cwd=tmp_path, env=environment,
-                       check=True, capture_output=True, timeout=600)
-        texts.append(outputs_text(json.loads((tmp_path / "run.ipynb").read_text(encoding="utf-8"))))
+    texts = [execute_notebook(tmp_path) for _ in range(2)]
     assert "picked up the checkpoint" in texts[1] and "picked up the checkpoint" not in texts[0]
     scores = [re.search(r"GPT: ([\d.]+) nats", text).group(1) for text in texts]
     assert scores[0] == scores[1]
@@ -127,12 +111,7 @@ def run_with(tmp_path, changes, **environment):
         if "parameters" in cell["metadata"].get("tags", []):
             cell["source"] = f'preset = "smoke"\nchanges = {changes!r}'
     (tmp_path / NOTEBOOK.name).write_text(json.dumps(notebook), encoding="utf-8")
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", **environment}
-    environment["PATH"] = os.path.dirname(sys.executable) + os.pathsep + environment["PATH"]
-    done = subprocess.run([sys.executable, "-m", "jupyter", "execute", NOTEBOOK.name, "--output", "run.ipynb"], cwd=tmp_path, env=environment,
-                          capture_output=True, text=True, timeout=900)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return outputs_text(json.loads((tmp_path / "run.ipynb").read_text(encoding="utf-8")))
+    return execute_notebook(tmp_path, **environment)
 
 
 CLASSIC = dict(norm="layernorm", activation="gelu_tanh", position="learned", bias=True, tie_embeddings=True, qk_norm=False,
