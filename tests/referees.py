@@ -23,6 +23,11 @@ def scrambled(lib, config, seed=0):
     return model.eval()
 
 
+def gradient_is_right(function, x):
+    """Against finite differences, in double precision."""
+    assert torch.autograd.gradcheck(function, x.double().requires_grad_())
+
+
 def merges_follow_the_rule(lib):
     # 'ab' and 'cd' are equally frequent: the greater pair goes first; then 'aba' overlaps are counted as they stand
     merges = lib.train_bpe(["abcd abcd xyxyx"], 257 + 3, pattern=r"\S+")
@@ -69,18 +74,30 @@ def cache_equals_full_pass(lib):
 def cross_entropy_is_pytorchs(lib):
     logits, targets = torch.randn(7, 30) * 1000, torch.randint(30, (7,))
     assert torch.allclose(lib.cross_entropy(logits, targets), torch.nn.functional.cross_entropy(logits, targets))
+    wide, answers = torch.randn(900, 1000), torch.randint(1000, (900,))            # more than one slice
+    gradients = []
+    for function in (lib.cross_entropy, torch.nn.functional.cross_entropy):
+        leaf = wide.clone().requires_grad_()
+        function(leaf, answers).backward()
+        gradients.append(leaf.grad)
+    assert torch.allclose(lib.cross_entropy(wide, answers), torch.nn.functional.cross_entropy(wide, answers))
+    assert torch.allclose(*gradients, atol=1e-8)
+    gradient_is_right(lambda z: lib.cross_entropy(z, torch.tensor([0, 4, 5]), reduction="none"), torch.randn(3, 6) * 3)
 
 
 def norms_are_pytorchs(lib):
     x = torch.randn(4, 16) * 3 + 2
     for ours, theirs in ((lib.LayerNorm(16), torch.nn.LayerNorm(16)), (lib.RMSNorm(16), torch.nn.RMSNorm(16, eps=1e-6))):
         assert torch.allclose(ours(x), theirs(x), atol=1e-6)
+        gradient_is_right(ours.double(), x)
 
 
 def gelu_is_pytorchs(lib):
     x = torch.linspace(-5, 5, 101)
     for kind in ("none", "tanh"):
         assert torch.allclose(lib.gelu(x, kind), torch.nn.functional.gelu(x, approximate=kind), atol=1e-6)
+        gradient_is_right(lambda x: lib.gelu(x, kind), x)
+    gradient_is_right(lib.relu_squared, x + 0.01)
 
 
 def optimizer_difference(ours, theirs, steps=60):
@@ -114,6 +131,7 @@ def rotary_sees_distances(lib):
         return float(lib.apply_rotary(q, torch.tensor([i])) @ lib.apply_rotary(k, torch.tensor([j])).T)
     assert math.isclose(product(5, 2), product(45, 42), rel_tol=1e-5) and not math.isclose(product(5, 2), product(5, 3))
     assert torch.allclose(lib.apply_rotary(q, torch.tensor([7])).norm(), q.norm())
+    gradient_is_right(lambda x: lib.apply_rotary(x, torch.arange(3)), torch.randn(2, 3, 8))
 
 
 def clipping_is_pytorchs(lib):

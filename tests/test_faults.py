@@ -345,6 +345,64 @@ def test_the_stop_button_at_any_moment_loses_nothing(library, tmp_path, capsys):
     assert history["loss"] == whole["loss"] and same(again.state_dict(), model.state_dict())
 
 
+def test_the_stop_button_of_a_kernel(tmp_path):
+    """What the button of JupyterLab does: it interrupts the kernel. The run cell goes on when it is run again."""
+    from jupyter_client.manager import start_new_kernel
+    manager, client = start_new_kernel(cwd=str(tmp_path), env={**os.environ, "GPT_PRESET": "smoke", "HF_HUB_OFFLINE": "1", "MPLBACKEND": "agg"})
+
+    def execute(source):
+        printed = []
+        reply = client.execute_interactive(source, timeout=300, output_hook=lambda message: printed.append(message["content"].get("text", "")))
+        assert reply["content"]["status"] == "ok", reply["content"]
+        return "".join(printed)
+    try:
+        run_cell = None
+        for _, cell in code_cells(json.loads(NOTEBOOK.read_text(encoding="utf-8"))):
+            source = "".join(cell["source"])
+            if "parameters" in cell["metadata"].get("tags", []):
+                source = 'preset = "smoke"\nchanges = dict(max_steps=2000, evaluations=2)'
+            if "save, starts)" in source and "Progress(" in source:
+                run_cell = source
+                break
+            execute(source)
+        timer = threading.Timer(4, manager.interrupt_kernel)
+        timer.start()
+        text = execute(run_cell)
+        steps = int(re.search(r"interrupted after step (\d+)", text).group(1))
+        assert 0 < steps < 2000
+        assert execute("print(len(history['loss']), tuple(model(train_tokens[None, :8].long())[0].shape))").startswith(f"{steps} (1, 8, ")
+        timer = threading.Timer(4, manager.interrupt_kernel)
+        timer.start()
+        text = execute(run_cell)
+        assert f"at step {steps} of 2000" in text and int(re.search(r"interrupted after step (\d+)", text).group(1)) > steps
+    finally:
+        client.stop_channels()
+        manager.shutdown_kernel(now=True)
+
+
+def test_an_interrupted_experiment_of_the_labs_goes_on(library, tmp_path, capsys):
+    settings = library.make_settings("smoke", context_length=16, n_embd=16, batch_size=2, evaluations=2, dropout=0.1, lab_seconds=0.3,
+                                     checkpoint_dir=str(tmp_path))
+
+    def experiment(stop_at=None):
+        def measure(model):
+            if stop_at == len(seen):
+                raise KeyboardInterrupt
+            seen.append(1)
+            return {}
+        seen = []
+        return library.experiment(settings, TOKENS, 299, 300, "stamp", torch.device("cpu"), torch.float32, measure)[1]
+    begun = experiment(stop_at=1)
+    steps = len(begun["loss"])
+    (left,) = [path for path in tmp_path.glob("lab-*.pt") if "previous" not in path.name]
+    planned = library.read_checkpoint(left)["settings"]["max_steps"]
+    assert 0 < steps < planned
+    whole = experiment()
+    assert f"goes on after step {steps} of {planned}" in capsys.readouterr().out
+    assert whole["loss"][:steps] == begun["loss"][:steps] and len(whole["loss"]) == planned
+    assert not list(tmp_path.glob("*.pt"))
+
+
 # 5. Numbers gone wrong
 
 def test_the_error_names_step_cause_and_last_good_checkpoint(library):

@@ -5,6 +5,8 @@ import json
 import math
 import os
 import re
+import subprocess
+import sys
 import threading
 
 import numpy as np
@@ -13,6 +15,7 @@ import torch
 from hypothesis import given, settings as hypothesis_settings, strategies as st
 
 import referees
+from conftest import ROOT
 
 FORBIDDEN = (r"nn\.Transformer", r"nn\.MultiheadAttention", r"scaled_dot_product_attention\(.*attn_mask", r"nn\.LayerNorm", r"nn\.RMSNorm",
              r"nn\.Linear", r"nn\.Embedding", r"nn\.Dropout", r"nn\.GELU", r"nn\.functional", r"\bF\.", r"CrossEntropyLoss",
@@ -267,3 +270,38 @@ def test_alone_losses_equal_single_documents(library):
     tokens = torch.tensor([49, 1, 2, 3, 49, 4, 5, 49])
     expected = torch.cat([library.cross_entropy(model(part[None, :-1])[0], part[None, 1:], reduction="none")[0] for part in (tokens[:5], tokens[4:])])
     assert torch.allclose(library.alone_losses(model, tokens, 49), expected, atol=1e-5)
+
+
+def test_the_time_line_accounts_for_the_work(library):
+    settings, model, optimizers, generator, _ = make_run(library, optimizer="muon")
+    tokens = torch.randint(300, (500,))
+    step = lambda: library.training_step(model, optimizers, tokens, settings, 0, generator, torch.float32)
+    step()
+    work, spans = library.time_line(step)
+    assert set(work) == set(library.KINDS) and all(work.values())
+    pieces = sorted(piece for kind in work.values() for piece in kind)
+    assert all(a + duration <= b + 1e-3 for (a, duration), (b, _) in zip(pieces, pieces[1:])), "leaves don't overlap"
+    assert len(spans["optimisers"]) >= 1 and len(spans["backward"]) >= 1
+    assert max(end for _, end in spans["backward"]) <= max(end for _, end in spans["optimisers"])
+
+
+def test_memory_is_kept_or_the_answer_is_no(library, monkeypatch):
+    assert library.keep_freed_memory() in (True, False)
+
+    class NoLibrary:
+        def __init__(self, name):
+            raise TypeError("as on Windows")
+    monkeypatch.setattr(library.ctypes, "CDLL", NoLibrary)
+    assert library.keep_freed_memory() is False
+
+
+def test_the_benchmark_prints_one_object_a_row():
+    command = [sys.executable, str(ROOT / "tests/benchmarks.py"), "--seeds", "1", "--json"]
+    done = subprocess.run([*command, "--rows", "6,7"], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [row["row"] for row in rows] == [6, 7]
+    for row in rows:
+        assert {"what", "value", "unit", "peer", "ratio", "spread"} <= set(row) and row["value"] > 0 and row["peer"] is None
+    wrong = subprocess.run([*command, "--rows", "6,99"], capture_output=True, text=True, timeout=60)
+    assert wrong.returncode == 2 and "row 99 is unknown; the rows are 1 to 10 and memory" in wrong.stderr
