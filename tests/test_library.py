@@ -1,4 +1,5 @@
 """The notebook's definitions against independent references, properties and bad input."""
+import ast
 import dataclasses
 import http.server
 import json
@@ -15,7 +16,7 @@ import torch
 from hypothesis import given, settings as hypothesis_settings, strategies as st
 
 import referees
-from conftest import ROOT
+from conftest import ROOT, define_cells
 
 FORBIDDEN = (r"nn\.Transformer", r"nn\.MultiheadAttention", r"scaled_dot_product_attention\(.*attn_mask", r"nn\.LayerNorm", r"nn\.RMSNorm",
              r"nn\.Linear", r"nn\.Embedding", r"nn\.Dropout", r"nn\.GELU", r"nn\.functional", r"\bF\.", r"CrossEntropyLoss",
@@ -305,3 +306,11 @@ def test_the_benchmark_prints_one_object_a_row():
         assert {"what", "value", "unit", "peer", "ratio", "spread"} <= set(row) and row["value"] > 0 and row["peer"] is None
     wrong = subprocess.run([*command, "--rows", "6,99"], capture_output=True, text=True, timeout=60)
     assert wrong.returncode == 2 and "row 99 is unknown; the rows are 1 to 10 and memory" in wrong.stderr
+
+
+def test_no_name_is_defined_twice():
+    names = []
+    for source in define_cells():
+        for node in ast.parse(source).body:
+            names += [node.name] if hasattr(node, "name") else [t.id for t in getattr(node, "targets", []) if isinstance(t, ast.Name)]
+    assert len(names) > 100 and sorted(names) == sorted(set(names))
