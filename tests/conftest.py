@@ -14,9 +14,14 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 NOTEBOOK = ROOT / "gpt_from_scratch.ipynb"
 
 
-def define_cells():
+def cells_with_tag(tag):
+    """The sources of the notebook's cells with this tag."""
     cells = json.loads(NOTEBOOK.read_text(encoding="utf-8"))["cells"]
-    return ["".join(c["source"]) for c in cells if "define" in c["metadata"].get("tags", [])]
+    return ["".join(cell["source"]) for cell in cells if tag in cell["metadata"].get("tags", [])]
+
+
+def define_cells():
+    return cells_with_tag("define")
 
 
 def load_library(replace=()):

@@ -142,6 +142,13 @@ def clipping_is_pytorchs(lib):
         assert torch.allclose(p.grad, twin.grad)
 
 
+def draws_fall_as_the_probabilities_say(lib):
+    scores = torch.tensor([2.0, 1.0, 0.0, -math.inf])
+    drawn = lib.draw(scores.expand(50_000, -1), torch.Generator().manual_seed(0))
+    shares = torch.bincount(drawn, minlength=4) / 50_000
+    assert shares[3] == 0 and (shares - torch.softmax(scores, -1)).abs().max() < 0.01
+
+
 def filters_keep_the_right_tokens(lib):
     logits = torch.tensor([0.5, 0.25, 0.125, 0.125]).log()
     def kept(**options):
@@ -154,4 +161,4 @@ def filters_keep_the_right_tokens(lib):
 
 REFEREES = [merges_follow_the_rule, targets_are_shifted, attention_is_pytorchs, the_future_stays_hidden, cache_equals_full_pass,
             cross_entropy_is_pytorchs, norms_are_pytorchs, gelu_is_pytorchs, adamw_is_pytorchs, muon_is_pytorchs,
-            rotary_sees_distances, clipping_is_pytorchs, filters_keep_the_right_tokens]
+            rotary_sees_distances, clipping_is_pytorchs, filters_keep_the_right_tokens, draws_fall_as_the_probabilities_say]

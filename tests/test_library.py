@@ -137,7 +137,7 @@ def test_resume_is_exact(library, tmp_path, optimizer):
         if len(h["loss"]) == 7:
             raise KeyboardInterrupt
     save = lambda: library.save_checkpoint(path, model2, optimizers2, 7, history2, settings2, [(b"a", b"b")], generator2, "stamp")
-    library.train(model2, optimizers2, tokens, settings2, history2, generator2, report=stop_at_seven, save=save)
+    library.train(model2, optimizers2, tokens, settings2, history2, generator2, report=stop_at_seven, save=save, save_every=math.inf)
     assert len(history2["loss"]) == 7
     settings3, model3, optimizers3, generator3, _ = make_run(library, optimizer=optimizer, accumulation_steps=2)
     content = library.load_checkpoint(path, model3, optimizers3, generator3)

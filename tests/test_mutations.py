@@ -24,6 +24,7 @@ MUTATIONS = {
     "norm's gradient without what lies along": ("value=-1 / normal.shape[-1]", "value=0.0", "norms_are_pytorchs"),
     "rotation's gradient not turned back": ("turn(upstream, cos, -sin)", "turn(upstream, cos, sin)", "rotary_sees_distances"),
     "clipping that never clips": ("(max_norm / (norm + 1e-6)).clamp(max=1.0)", "torch.tensor(1.0)", "clipping_is_pytorchs"),
+    "a draw with noise of the wrong shape": (".log_().neg_().log_().neg_()", ".log_()", "draws_fall_as_the_probabilities_say"),
     "top-p that keeps one too few": ("cut = probabilities.cumsum(-1) - probabilities >= top_p", "cut = probabilities.cumsum(-1) > top_p + 1e-6", "filters_keep_the_right_tokens"),
 }
 
