@@ -2,13 +2,15 @@
 import ast
 import contextlib
 import io
+import json
+import re
 
 import pytest
 
-from conftest import cells_with_tag, load_library
+from conftest import NOTEBOOK, cells_with_tag, load_library
 
 WRONG = {  # exercise: [(a typical wrong answer, what its check must say)]
-    "bytes_per_token": [("return len(tokenizer.encode_ordinary(text)) / len(text.encode())", "tokens per byte"),
+    "compression_ratio": [("return len(tokenizer.encode_ordinary(text)) / len(text.encode())", "tokens per byte"),
                         ("return len(text) / len(tokenizer.encode_ordinary(text))", "counts characters"),
                         ("len(text)", "returns nothing")],
     "decode_tokens": [("return ''.join(vocabulary[i].decode() for i in ids)", "join all bytes first"),
@@ -109,8 +111,9 @@ def with_body(space, name, body):
 
 
 def test_there_are_enough_exercises_in_three_levels():
-    levels = [source for source in cells_with_tag("exercise")]
-    assert len(levels) >= 12 and set(WRONG) == set(stubs())
+    prose = "\n".join("".join(cell["source"]) for cell in json.loads(NOTEBOOK.read_text(encoding="utf-8"))["cells"] if cell["cell_type"] == "markdown")
+    levels = re.findall(r"^\*\*(★+) ", prose, re.M)
+    assert len(levels) == len(stubs()) >= 12 and set(levels) == {"★", "★★", "★★★"} and set(WRONG) == set(stubs())
 
 
 @pytest.mark.parametrize("name", WRONG)

@@ -16,7 +16,7 @@ import torch
 from hypothesis import given, settings as hypothesis_settings, strategies as st
 
 import referees
-from conftest import ROOT, define_cells
+from conftest import NOTEBOOK, ROOT, define_cells
 
 FORBIDDEN = (r"nn\.Transformer", r"nn\.MultiheadAttention", r"scaled_dot_product_attention\(.*attn_mask", r"nn\.LayerNorm", r"nn\.RMSNorm",
              r"nn\.Linear", r"nn\.Embedding", r"nn\.Dropout", r"nn\.GELU", r"nn\.functional", r"\bF\.", r"CrossEntropyLoss",
@@ -314,3 +314,6 @@ def test_no_name_is_defined_twice():
         for node in ast.parse(source).body:
             names += [node.name] if hasattr(node, "name") else [t.id for t in getattr(node, "targets", []) if isinstance(t, ast.Name)]
     assert len(names) > 100 and sorted(names) == sorted(set(names))
+    functions = [node.name for cell in json.loads(NOTEBOOK.read_text(encoding="utf-8"))["cells"] if cell["cell_type"] == "code"
+                 for node in ast.parse("".join(cell["source"])).body if isinstance(node, (ast.FunctionDef, ast.ClassDef))]
+    assert sorted(functions) == sorted(set(functions)), "a cell defines again what another cell defined"

@@ -114,12 +114,8 @@ def run_with(tmp_path, changes, **environment):
     return execute_notebook(tmp_path, **environment)
 
 
-CLASSIC = dict(norm="layernorm", activation="gelu_tanh", position="learned", bias=True, tie_embeddings=True, qk_norm=False,
-               optimizer="adamw", learning_rate=0.001, dropout=0.1, windows="anywhere", split_pattern="gpt2")
-
-
 def test_gpt2s_choices_run_from_top_to_bottom(tmp_path):
-    assert "parameters, as on paper" in run_with(tmp_path, CLASSIC)
+    assert "parameters, as on paper" in run_with(tmp_path, {**load_library().CLASSIC, "dropout": 0.1, "split_pattern": "gpt2"})
 
 
 def test_prose_of_ones_own_runs_from_top_to_bottom(tmp_path):
@@ -139,33 +135,3 @@ def test_gpt2s_vocabulary_runs_from_top_to_bottom(tmp_path):
     if not folder.is_dir():
         pytest.skip("needs GPT-2's vocabulary in a tiktoken cache beside the project")
     assert "vocabulary: 50,257 tokens" in run_with(tmp_path, dict(tokenizer="gpt2", samples=5), TIKTOKEN_CACHE_DIR=str(folder))
-
-
-def test_the_recorded_runs_come_from_these_definitions_and_can_be_repeated(tmp_path):
-    path = ROOT / "checkpoints" / "recorded.json"
-    record, library = json.loads(path.read_text(encoding="utf-8"))["parts"], load_library()
-    assert record["definitions"] == library.definitions_fingerprint(NOTEBOOK, (*library.DEFINITIONS, "PARTS", "TRIED"))
-    name = next(iter(library.PARTS))                          # in float32, so that another processor makes the same run
-    row = record["rows"][name]
-    changes = {**{k: v for k, v in library.part_settings(library.make_settings(**record["settings"]))[name].__dict__.items() if k in library.CLASSIC},
-               "max_steps": row["steps"][0], "seed": record["seeds"][0], "samples": 1, "evaluations": 1}
-    notebook = json.loads(NOTEBOOK.read_text(encoding="utf-8"))
-    cells = []
-    for cell in notebook["cells"]:
-        if cell["cell_type"] == "markdown" and "".join(cell["source"]).startswith("## 5 "):
-            break
-        if "parameters" in cell["metadata"].get("tags", []):
-            cell["source"] = f'preset = "laptop"\nchanges = {changes!r}'
-        cells.append(cell)
-    definitions = [cell for cell in notebook["cells"][len(cells):] if "define" in cell["metadata"].get("tags", [])]
-    rerun = {"cell_type": "code", "id": "rerun", "metadata": {}, "outputs": [], "execution_count": None, "source": """
-lab_tokens = validation_tokens[:40_000]
-lab_bytes = len(tokenizer.decode_bytes([token for token in lab_tokens.tolist() if token != tokenizer.eot_token]))
-config = make_config(settings, tokenizer.n_vocab)
-torch.manual_seed(settings.seed)
-model = GPT(config)
-train(model, make_optimizers(model, settings), train_tokens, settings, new_history(), torch.Generator().manual_seed(settings.seed))
-print("SCORE", evaluate(model, lab_tokens, lab_bytes)["bits_per_byte"])"""}
-    (tmp_path / "rerun.ipynb").write_text(json.dumps({**notebook, "cells": [*cells, *definitions, rerun]}), encoding="utf-8")
-    score = float(re.search(r"SCORE ([\d.]+)", execute_notebook(tmp_path, "rerun.ipynb", GPT_PRESET="laptop")).group(1))
-    assert abs(score - row["equal_time"][0]) < 0.03        # another Python's standard library is a slightly different text

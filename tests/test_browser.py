@@ -1,0 +1,235 @@
+"""The page as people see it: JupyterLab and the HTML export in Debian's Chromium, headless. Skips where there is none."""
+import json
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+
+import nbformat
+import pytest
+
+from conftest import NOTEBOOK, ROOT, define_cells
+
+CHROMIUM = shutil.which("chromium")
+pytestmark = pytest.mark.skipif(not CHROMIUM, reason="needs Debian's package chromium")
+FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync"]
+SETTINGS = {  # all cells stay in the page, also those that are scrolled away
+    "@jupyterlab/notebook-extension/tracker": {"windowingMode": "none"},
+    "@jupyterlab/apputils-extension/notification": {"fetchNews": "false", "checkForUpdates": False},
+    "@jupyterlab/apputils-extension/themes": {"theme": os.environ.get("TEST_THEME", "JupyterLab Light")},
+}
+
+
+@pytest.fixture(scope="module")
+def browser():
+    engine = pytest.importorskip("playwright.sync_api", reason="needs the package playwright")
+    with engine.sync_playwright() as started:
+        chromium = started.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        yield chromium
+        chromium.close()
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory):
+    """The address of a JupyterLab server on a copy of the notebook; all that it writes stays in a folder of its own."""
+    folder = tmp_path_factory.mktemp("lab")
+    bare = nbformat.read(NOTEBOOK, as_version=4)                      # without outputs, so that what the page shows was made here
+    for cell in bare.cells:
+        cell.update({"outputs": [], "execution_count": None} if cell.cell_type == "code" else {})
+    nbformat.write(bare, folder / NOTEBOOK.name)
+    shutil.copytree(ROOT / "checkpoints", folder / "checkpoints")
+    small = """model = GPT(GPTConfig(vocab_size=257, context_length=64, n_layer=2, n_head=2, n_embd=32)).eval()
+with torch.no_grad():
+    model.output.weight.normal_()
+WritingPanel(model, build_tokenizer([]), "def")"""
+    cells = [nbformat.v4.new_code_cell("\n".join(define_cells()), metadata={"jupyter": {"source_hidden": True}}), nbformat.v4.new_code_cell(small)]
+    nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=json.loads(NOTEBOOK.read_text(encoding="utf-8"))["metadata"]), folder / "panel.ipynb")
+    with socket.socket() as door:
+        door.bind(("127.0.0.1", 0))
+        port = door.getsockname()[1]
+    for name, values in SETTINGS.items():
+        path = folder / "settings" / f"{name}.jupyterlab-settings"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(values))
+    environment = {**os.environ, "GPT_PRESET": "smoke", "HF_HUB_OFFLINE": "1", "JUPYTERLAB_SETTINGS_DIR": str(folder / "settings"),
+                   **{name: str(folder / "jupyter" / name) for name in ("JUPYTER_CONFIG_DIR", "JUPYTER_RUNTIME_DIR", "JUPYTERLAB_WORKSPACES_DIR")}}
+    environment["PATH"] = os.path.dirname(sys.executable) + os.pathsep + environment["PATH"]
+    command = [sys.executable, "-m", "jupyterlab", "--no-browser", f"--port={port}", "--IdentityProvider.token=", "--allow-root"]
+    with open(folder / "server.log", "wb") as log:
+        server = subprocess.Popen(command, cwd=folder, env=environment, stdout=log, stderr=log)
+    try:
+        for _ in range(120):
+            try:
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/api", timeout=1)
+                break
+            except OSError:
+                time.sleep(0.5)
+        else:
+            pytest.fail((folder / "server.log").read_text()[-2000:])
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        server.terminate()
+        server.wait(30)
+
+
+@pytest.fixture(scope="module")
+def page(browser, lab, tmp_path_factory):
+    """The notebook in JupyterLab, run to its end with the smoke preset."""
+    page = browser.new_page(viewport={"width": 1400, "height": 1000})
+    page.goto(f"{lab}/lab/tree/{NOTEBOOK.name}")
+    page.wait_for_selector(".jp-NotebookPanel .jp-Cell", timeout=90_000)
+    page.wait_for_function("document.querySelector('.jp-Notebook-ExecutionIndicator')?.dataset.status === 'idle'", timeout=60_000)
+    page.get_by_role("menuitem", name="Run", exact=True).click()
+    page.get_by_role("menuitem", name="Restart Kernel and Run All Cells…").click()
+    page.locator(".jp-Dialog button.jp-mod-warn").click()
+    page.get_by_text("induction_weight_solution: right").wait_for(state="attached", timeout=400_000)   # the last line: a cell that failed would end the run before it
+    yield page
+    page.close()
+
+
+def until(page, condition, action=None, seconds=30):
+    """Waits until condition() holds; action() is done again before each look."""
+    for _ in range(int(seconds * 5)):
+        if action:
+            action()
+        page.wait_for_timeout(200)
+        if condition():
+            return True
+    return False
+
+
+def press(page, handle, key):
+    handle.focus()
+    page.keyboard.press(key)
+
+
+def output_of(page, source):
+    """The output area of the code cell whose source holds these words, scrolled into view: JupyterLab fills cells as they are reached."""
+    cell = page.locator(".jp-CodeCell").filter(has=page.locator(".jp-InputArea-editor", has_text=source)).last
+    cell.scroll_into_view_if_needed()
+    return cell.locator(".jp-OutputArea")
+
+
+def shot(page, name):
+    """Keeps a screenshot where TEST_SHOTS names a folder, to look at by eye."""
+    if folder := os.environ.get("TEST_SHOTS"):
+        page.screenshot(path=f"{folder}/{name}.png")
+
+
+def test_the_bars_move_with_a_slider(page):
+    panel = output_of(page, "writing_panel = WritingPanel")
+    bars = panel.locator(".gpt-bars")
+    bars.scroll_into_view_if_needed()
+    before = bars.inner_text()
+    handle = panel.locator(".noUi-handle").first
+    assert until(page, lambda: panel.locator(".gpt-bars").inner_text() != before, lambda: press(page, handle, "ArrowLeft"))
+    shot(page, "panel")
+
+
+def test_a_text_streams_in_while_the_sliders_answer(page):
+    panel = output_of(page, "writing_panel = WritingPanel")
+    length = panel.locator("input[type=text]").last
+    length.fill("400")
+    length.press("Enter")
+    panel.get_by_role("button", name="Write", exact=True).click()
+    text = panel.locator("div.gpt-text").last
+    text.get_by_text("▌").wait_for(timeout=20_000)
+    before, first = panel.locator(".gpt-bars").inner_text(), text.inner_text()
+    cut = until(page, lambda: " cut" in panel.locator(".gpt-bars").inner_text(), lambda: press(page, panel.locator(".noUi-handle").nth(1), "ArrowRight"))
+    assert cut and panel.locator(".gpt-bars").inner_text() != before, "the bars did not follow while the text was written"
+    later = text.inner_text()
+    assert later.endswith("▌") and len(later) > len(first)
+    panel.get_by_role("button", name="Stop", exact=True).click()
+    tokens = panel.locator(".gpt-tokens button")
+    tokens.nth(3).wait_for(timeout=20_000)
+    tokens.nth(3).click()
+    panel.get_by_text("◄ written").first.wait_for(timeout=20_000)
+    shot(page, "streamed")
+
+
+def test_a_bad_value_gives_a_sentence_in_the_panel(page):
+    panel = output_of(page, "writing_panel = WritingPanel")
+    length = panel.locator("input[type=text]").last
+    length.fill("many")
+    length.press("Enter")
+    panel.get_by_role("button", name="Write", exact=True).click()
+    panel.get_by_text("length is 'many', but it must be a whole number").wait_for(timeout=10_000)
+
+
+def test_a_head_can_be_selected(page):
+    panel = output_of(page, "attention_panel = AttentionPanel")
+    picture = panel.locator("img")
+    picture.scroll_into_view_if_needed()
+    before = picture.get_attribute("src")
+    panel.locator("select").first.select_option("1")
+    panel.get_by_text("layer 1, head 0").first.wait_for(timeout=20_000)
+    assert until(page, lambda: picture.get_attribute("src") != before)
+    shot(page, "attention")
+
+
+def test_the_tweak_panel_refuses_and_trains(page):
+    panel = output_of(page, "TweakPanel(bench)")
+    fields = panel.locator("input[type=text]")
+    for place, text in ((2, "65"), (fields.count() - 1, "1")):                       # n_embd, lab_seconds
+        fields.nth(place).fill(text)
+        fields.nth(place).press("Enter")
+    panel.get_by_role("button", name="Train", exact=True).click()
+    panel.get_by_text("n_embd is 65, but it must be a multiple of n_head").wait_for(timeout=10_000)
+    fields.nth(2).fill("32")
+    fields.nth(2).press("Enter")
+    panel.get_by_role("button", name="Train", exact=True).click()
+    panel.get_by_text("done", exact=True).wait_for(timeout=60_000)
+    assert "n_embd=32" in panel.locator("pre.gpt-text").inner_text()
+    shot(page, "tweak")
+
+
+def test_figures_and_surprise_are_on_the_page(page):
+    """What JupyterLab draws when the reader gets there: no error, whole pictures, the surprise of each token on hover."""
+    hover = output_of(page, "IPython.display.HTML(surprise_html").locator("[title$=' bits']").first
+    hover.scroll_into_view_if_needed()
+    assert re.search(r"[\d.]+ bits", hover.get_attribute("title"))
+    shot(page, "surprise")
+    for source, name in (("draw_tokens(pieces[1:], [surprise_color", "surprise-picture"), ("attended = record_attention(", "heads"), ("flattering = [", "gallery")):
+        picture = output_of(page, source).locator("img").first
+        picture.scroll_into_view_if_needed()
+        assert until(page, lambda: picture.evaluate("image => image.complete && image.naturalWidth > 200"))
+        shot(page, name)
+    assert page.locator(".jp-RenderedText[data-mime-type='application/vnd.jupyter.error']").count() == 0
+
+
+def test_the_panel_works_in_notebook_7(browser, lab):
+    page = browser.new_page(viewport={"width": 1400, "height": 1000})
+    page.goto(f"{lab}/notebooks/panel.ipynb")
+    page.wait_for_selector(".jp-NotebookPanel .jp-Cell", timeout=90_000)
+    page.get_by_role("menuitem", name="Run", exact=True).click()
+    page.get_by_role("menuitem", name="Run All Cells", exact=True).click()
+    bars = page.locator(".gpt-bars")
+    bars.wait_for(timeout=90_000)
+    before = bars.inner_text()
+    assert until(page, lambda: bars.inner_text() != before, lambda: press(page, page.locator(".noUi-handle").first, "ArrowLeft"))
+    shot(page, "notebook7")
+    page.close()
+
+
+@pytest.fixture(scope="module")
+def export(tmp_path_factory):
+    """The committed notebook as HTML."""
+    folder = tmp_path_factory.mktemp("export")
+    subprocess.run([sys.executable, "-m", "jupyter", "nbconvert", "--to", "html", str(NOTEBOOK), "--output-dir", str(folder), "--output", "page"], check=True,
+                   capture_output=True)
+    return folder / "page.html"
+
+
+@pytest.mark.parametrize("width", [1280, 400])
+def test_the_html_export_is_whole(browser, export, width):
+    page = browser.new_page(viewport={"width": width, "height": 900})
+    page.goto(export.as_uri(), wait_until="load", timeout=120_000)
+    pictures = page.evaluate("[...document.images].map(image => [image.complete, image.naturalWidth])")
+    assert len(pictures) >= 15 and all(done and pixels > 0 for done, pixels in pictures)
+    assert page.evaluate("document.documentElement.scrollWidth") <= width, "the page is wider than the window"
+    shot(page, f"export-{width}")
+    page.close()
