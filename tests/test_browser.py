@@ -108,6 +108,11 @@ def press(page, handle, key):
     page.keyboard.press(key)
 
 
+def type_into(field, text):
+    field.fill(text)
+    field.press("Enter")
+
+
 def output_of(page, source):
     """The output area of the code cell whose source holds these words, scrolled into view: JupyterLab fills cells as they are reached."""
     cell = page.locator(".jp-CodeCell").filter(has=page.locator(".jp-InputArea-editor", has_text=source)).last
@@ -133,9 +138,7 @@ def test_the_bars_move_with_a_slider(page):
 
 def test_a_text_streams_in_while_the_sliders_answer(page):
     panel = output_of(page, "writing_panel = WritingPanel")
-    length = panel.locator("input[type=text]").last
-    length.fill("400")
-    length.press("Enter")
+    type_into(panel.locator("input[type=text]").last, "400")             # the length
     panel.get_by_role("button", name="Write", exact=True).click()
     text = panel.locator("div.gpt-text").last
     text.get_by_text("▌").wait_for(timeout=20_000)
@@ -154,9 +157,7 @@ def test_a_text_streams_in_while_the_sliders_answer(page):
 
 def test_a_bad_value_gives_a_sentence_in_the_panel(page):
     panel = output_of(page, "writing_panel = WritingPanel")
-    length = panel.locator("input[type=text]").last
-    length.fill("many")
-    length.press("Enter")
+    type_into(panel.locator("input[type=text]").last, "many")
     panel.get_by_role("button", name="Write", exact=True).click()
     panel.get_by_text("length is 'many', but it must be a whole number").wait_for(timeout=10_000)
 
@@ -176,12 +177,10 @@ def test_the_tweak_panel_refuses_and_trains(page):
     panel = output_of(page, "TweakPanel(bench)")
     fields = panel.locator("input[type=text]")
     for place, text in ((2, "65"), (fields.count() - 1, "1")):                       # n_embd, lab_seconds
-        fields.nth(place).fill(text)
-        fields.nth(place).press("Enter")
+        type_into(fields.nth(place), text)
     panel.get_by_role("button", name="Train", exact=True).click()
     panel.get_by_text("n_embd is 65, but it must be a multiple of n_head").wait_for(timeout=10_000)
-    fields.nth(2).fill("32")
-    fields.nth(2).press("Enter")
+    type_into(fields.nth(2), "32")
     panel.get_by_role("button", name="Train", exact=True).click()
     panel.get_by_text("done", exact=True).wait_for(timeout=60_000)
     assert "n_embd=32" in panel.locator("pre.gpt-text").inner_text()

@@ -127,6 +127,9 @@ def test_the_pretrained_model_opens_and_scores_what_it_says(tmp_path):
     shutil.copytree(ROOT / "checkpoints", tmp_path / "checkpoints", ignore=shutil.ignore_patterns("*.lock"))
     notebook = json.loads(NOTEBOOK.read_text(encoding="utf-8"))
     end = next(i for i, cell in enumerate(notebook["cells"]) if "".join(cell["source"]).startswith("## 11 "))
+    for cell in notebook["cells"]:
+        if "parameters" in cell["metadata"].get("tags", []):               # the preset itself writes fewer, so that a class need not wait
+            cell["source"] = 'preset = "pretrained"\nchanges = dict(samples=200)'
     (tmp_path / "short.ipynb").write_text(json.dumps({**notebook, "cells": notebook["cells"][:end]}), encoding="utf-8")
     text = execute_notebook(tmp_path, "short.ipynb", GPT_PRESET="pretrained")
     assert "not trained here" in text and "training loss" not in text
