@@ -7,6 +7,8 @@ import sys
 import types
 
 os.environ.setdefault("MPLBACKEND", "agg")
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")      # two tests run at a time: their threads must not wait for each other
 
 import pytest
 

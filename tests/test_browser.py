@@ -15,7 +15,7 @@ import pytest
 from conftest import NOTEBOOK, ROOT, define_cells
 
 CHROMIUM = shutil.which("chromium")
-pytestmark = pytest.mark.skipif(not CHROMIUM, reason="needs Debian's package chromium")
+pytestmark = [pytest.mark.skipif(not CHROMIUM, reason="needs Debian's package chromium"), pytest.mark.xdist_group("browser")]
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync"]
 SETTINGS = {  # all cells stay in the page, also those that are scrolled away
     "@jupyterlab/notebook-extension/tracker": {"windowingMode": "none"},
@@ -83,11 +83,11 @@ def page(browser, lab, tmp_path_factory):
     page = browser.new_page(viewport={"width": 1400, "height": 1000})
     page.goto(f"{lab}/lab/tree/{NOTEBOOK.name}")
     page.wait_for_selector(".jp-NotebookPanel .jp-Cell", timeout=90_000)
-    page.wait_for_function("document.querySelector('.jp-Notebook-ExecutionIndicator')?.dataset.status === 'idle'", timeout=60_000)
+    page.wait_for_function("document.querySelector('.jp-Notebook-ExecutionIndicator')?.dataset.status === 'idle'", timeout=120_000)
     page.get_by_role("menuitem", name="Run", exact=True).click()
     page.get_by_role("menuitem", name="Restart Kernel and Run All Cells…").click()
     page.locator(".jp-Dialog button.jp-mod-warn").click()
-    page.get_by_text("induction_weight_solution: right").wait_for(state="attached", timeout=400_000)   # the last line: a cell that failed would end the run before it
+    page.get_by_text("induction_weight_solution: right").wait_for(state="attached", timeout=600_000)   # the last line: a cell that failed would end the run before it
     yield page
     page.close()
 

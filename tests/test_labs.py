@@ -123,24 +123,44 @@ def test_the_pretrained_files_are_small_and_hold_only_weights(library):
     assert {tensor.dtype for tensor in content["model"].values()} == {torch.bfloat16} and content["optimizers"] == []
 
 
-def test_the_pretrained_model_opens_and_scores_what_it_says(tmp_path):
-    shutil.copytree(ROOT / "checkpoints", tmp_path / "checkpoints", ignore=shutil.ignore_patterns("*.lock"))
+def sections_before(folder, words, settings_cell, *more):
+    """What the notebook prints up to the cell that begins with these words, and cells of one's own after it, beside the shipped checkpoints."""
+    shutil.copytree(ROOT / "checkpoints", folder / "checkpoints", ignore=shutil.ignore_patterns("*.lock"))
     notebook = json.loads(NOTEBOOK.read_text(encoding="utf-8"))
-    end = next(i for i, cell in enumerate(notebook["cells"]) if "".join(cell["source"]).startswith("## 11 "))
+    end = next(i for i, cell in enumerate(notebook["cells"]) if "".join(cell["source"]).startswith(words))
     for cell in notebook["cells"]:
-        if "parameters" in cell["metadata"].get("tags", []):               # the preset itself writes fewer, so that a class need not wait
-            cell["source"] = 'preset = "pretrained"\nchanges = dict(samples=200)'
-    (tmp_path / "short.ipynb").write_text(json.dumps({**notebook, "cells": notebook["cells"][:end]}), encoding="utf-8")
-    text = execute_notebook(tmp_path, "short.ipynb", GPT_PRESET="pretrained")
+        if "parameters" in cell["metadata"].get("tags", []):
+            cell["source"] = settings_cell
+    cells = notebook["cells"][:end] + [{"cell_type": "code", "id": f"more{i}", "metadata": {}, "outputs": [], "execution_count": None, "source": source}
+                                       for i, source in enumerate(more)]
+    (folder / "short.ipynb").write_text(json.dumps({**notebook, "cells": cells}), encoding="utf-8")
+    return execute_notebook(folder, "short.ipynb")
+
+
+def test_the_pretrained_model_opens_and_scores_what_it_says(tmp_path):
+    # the preset itself writes fewer functions, so that a class need not wait
+    text = sections_before(tmp_path, "## 11 ", 'preset = "pretrained"\nchanges = dict(samples=200)')
     assert "not trained here" in text and "training loss" not in text
     score = float(re.search(r"^GPT +([\d.]+) bits per byte", text, re.M).group(1))
     parse = float(re.search(r"^GPT, min-p 0.1 +([\d.]+)% ", text, re.M).group(1)) / 100
     said = json.loads((ROOT / "checkpoints" / "pretrained.json").read_text(encoding="utf-8"))["scores"]
-    assert said["bits_per_byte"] <= 1.0 and said["samples"] == 200
+    assert said["bits_per_byte"] <= 1.0 and said["parse, min-p 0.1"] >= 0.85 and said["samples"] == 200
     assert abs(score - said["bits_per_byte"]) < 0.04 and abs(parse - said["parse, min-p 0.1"]) < 0.08    # other Pythons, other processors
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     for words in (f"{said['bits_per_byte']:.3f} bits per byte", f"{said['parse']:.1%} of 200", f"{said['parse, min-p 0.1']:.1%} with min-p 0.1"):
         assert words in readme, f"README doesn't say {words}"
+
+
+def test_training_can_go_on_from_the_pretrained_model(tmp_path):
+    """Sections 0 to 9, on a part of the standard library."""
+    text = sections_before(tmp_path, "What the run went through",
+                           'preset = "pretrained"\nchanges = dict(pretrained=False, start_from="pretrained", corpus_megabytes=0.8, held_out_share=0.12, max_steps=3, '
+                           'evaluations=1, warmup_steps=0, sample_tokens=16)',
+                           "print('FIRST LOSS', history['loss'][0], len(history['loss']))\n"
+                           "assert [tuple(pair) for pair in pretrained_record(settings)['merges']] == [(a.hex(), b.hex()) for a, b in merges]")
+    assert "training goes on from the model that ships" in text
+    loss, steps = re.search(r"FIRST LOSS ([\d.]+) (\d+)", text).groups()
+    assert float(loss) < 3 and steps == "3"          # a new model would begin at ln 2048 = 7.6
 
 
 @pytest.fixture

@@ -68,6 +68,11 @@ def test_every_section_from_1_says_what_goes_in_and_out(notebook):
         assert re.search(r"\*\*In\*\* .* → (\*\*Out\*\*|pictures)", section), number
 
 
+def test_slides_are_as_many_as_readme_says(notebook):
+    count = sum(cell["metadata"]["slideshow"]["slide_type"] == "slide" for cell in notebook["cells"])
+    assert 30 <= count <= 45 and f"({count} of them:" in committed("README.md")
+
+
 def test_every_figure_has_its_message(notebook):
     cells, figures = notebook["cells"], 0
     for i, cell in enumerate(cells):
