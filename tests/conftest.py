@@ -73,9 +73,11 @@ def library():
 def pytest_configure(config):
     config.addinivalue_line("markers", "faults: kills, full disks, damaged files, interrupts, bad input")
     config.addinivalue_line("markers", "slow: minutes; run with -m slow")
+    config.addinivalue_line("markers", "long: runs much of the notebook; begun first, so that none is left alone at the end")
 
 
 def pytest_collection_modifyitems(config, items):
+    items.sort(key=lambda item: item.get_closest_marker("long") is None)
     if "slow" not in config.option.markexpr:
         for item in items:
             if item.get_closest_marker("slow"):

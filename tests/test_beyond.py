@@ -106,6 +106,7 @@ print("\\nPEAK", len(space["train_tokens"]))
 """
 
 
+@pytest.mark.long
 @pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="needs Linux: it reads /proc")
 def test_memory_does_not_grow_with_the_text(library, tmp_path):
     """Sections 2 to 4 on 2 and on 17 MB of stories, with samples taken from 1 MB on instead of 32: the pages that belong to no file."""

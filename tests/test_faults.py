@@ -475,6 +475,7 @@ def execute_cells(folder, cells):
     return execute_notebook(folder, "trial.ipynb")
 
 
+@pytest.mark.long
 def test_every_cell_twice_and_sections_in_any_order(tmp_path):
     cells = code_cells(json.loads(NOTEBOOK.read_text(encoding="utf-8")))
     order = [cell for number, cell in cells if number < 13 for _ in range(2)]
@@ -513,6 +514,7 @@ def test_a_second_run_gets_a_checkpoint_of_its_own(library, tmp_path, capsys):
     assert capsys.readouterr().out.count("another notebook is training this very run") == 2
 
 
+@pytest.mark.long
 def test_two_notebooks_in_one_folder_at_once(tmp_path):
     shutil.copy(NOTEBOOK, tmp_path)
     outputs = ["out0.ipynb", "out1.ipynb"]       # one thread each: two processes that spin on two cores slow each other down

@@ -21,6 +21,7 @@ def notebook():
     return json.loads(committed("gpt_from_scratch.ipynb"))
 
 
+@pytest.mark.long
 def test_smoke_twice(tmp_path):
     shutil.copy(NOTEBOOK, tmp_path)
     texts = [execute_notebook(tmp_path) for _ in range(2)]
@@ -121,10 +122,12 @@ def run_with(tmp_path, changes, **environment):
     return execute_notebook(tmp_path, **environment)
 
 
+@pytest.mark.long
 def test_gpt2s_choices_run_from_top_to_bottom(tmp_path):
     assert "parameters, as on paper" in run_with(tmp_path, {**load_library().CLASSIC, "dropout": 0.1, "split_pattern": "gpt2"})
 
 
+@pytest.mark.long
 def test_prose_of_ones_own_runs_from_top_to_bottom(tmp_path):
     import inspect
     import statistics
@@ -137,6 +140,7 @@ def test_prose_of_ones_own_runs_from_top_to_bottom(tmp_path):
     assert "── greedy\nOnce upon a time" in text and "of 20 functions" not in text
 
 
+@pytest.mark.long
 def test_gpt2s_vocabulary_runs_from_top_to_bottom(tmp_path):
     folder = ROOT.parent / "shared" / "data" / "tiktoken"
     if not folder.is_dir():
