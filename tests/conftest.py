@@ -2,6 +2,7 @@
 import json
 import os
 import pathlib
+import re
 import subprocess
 import sys
 import types
@@ -20,6 +21,18 @@ def cells_with_tag(tag):
     """The sources of the notebook's cells with this tag."""
     cells = json.loads(NOTEBOOK.read_text(encoding="utf-8"))["cells"]
     return ["".join(cell["source"]) for cell in cells if tag in cell["metadata"].get("tags", [])]
+
+
+def cells_of_sections(first, last, without=("check", "exercise")):
+    """(source, tags) of the code cells of these sections, without those that have one of these tags."""
+    found, number = [], 0
+    for cell in json.loads(NOTEBOOK.read_text(encoding="utf-8"))["cells"]:
+        source, tags = "".join(cell["source"]), cell["metadata"].get("tags", [])
+        if cell["cell_type"] == "markdown":
+            number = int(match.group(1)) if (match := re.match(r'## (\d+) ', source.lstrip())) else number
+        elif first <= number <= last and not set(without) & set(tags):
+            found.append((source, tags))
+    return found
 
 
 def define_cells():

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 
-from conftest import NOTEBOOK, cells_with_tag, load_library
+from conftest import NOTEBOOK, cells_of_sections
 
 CPU = torch.device("cpu")
 
@@ -37,18 +37,6 @@ def hub_folder(library, folder, stories=1500, seed=0, **more):
                                       f"  - name: validation\n    num_bytes: 20\n    num_examples: 1\nconfigs:\n- config_name: default\n  data_files:\n  - split: train\n    path: data/train-*\n"
                                       f"  - split: validation\n    path: data/validation-*\n---\n# Stories\n")
     return texts, size
-
-
-def cells_of_sections(first, last):
-    """Sources of the code cells of these sections, without checks and exercises."""
-    found, number = [], 0
-    for cell in json.loads(NOTEBOOK.read_text(encoding="utf-8"))["cells"]:
-        source, tags = "".join(cell["source"]), cell["metadata"].get("tags", [])
-        if cell["cell_type"] == "markdown":
-            number = int(match.group(1)) if (match := re.match(r'## (\d+) ', source.lstrip())) else number
-        elif first <= number <= last and not {"check", "exercise"} & set(tags):
-            found.append((source, tags))
-    return found
 
 
 def test_tinystories_in_the_hubs_layout_goes_through_sections_2_to_4(library, tmp_path, monkeypatch, capsys):

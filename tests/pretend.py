@@ -1,0 +1,123 @@
+"""A pretend accelerator, written in Python: its tensors hold a tensor of the CPU, and refuse what a GPU's would refuse.
+
+It shows without a GPU that no tensor of the notebook is on the wrong side. Importing it makes torch.device("pretend").
+It leans on PyTorch's experimental support for devices in Python (torch.utils.backend_registration, as of 2.13).
+"""
+import torch
+from torch.utils._python_dispatch import return_and_correct_aliasing
+from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils.backend_registration import _DummyBackendModule, _setup_privateuseone_for_python_backend
+
+
+
+class Module(_DummyBackendModule):
+    def get_amp_supported_dtype(self):
+        return [torch.bfloat16]
+
+
+_setup_privateuseone_for_python_backend("pretend", Module())
+DEVICE = torch.device("pretend", 0)
+COPIES = {torch.ops.aten.copy_.default, torch.ops.aten._to_copy.default}
+INDEXING = {torch.ops.aten.index.Tensor, torch.ops.aten.index_put_.default, torch.ops.aten.index_put.default}
+operations = 0                                              # how many were computed here
+
+
+class PretendTensor(torch.Tensor):
+    @staticmethod
+    def __new__(cls, held):
+        tensor = torch.Tensor._make_wrapper_subclass(cls, held.shape, strides=held.stride(), storage_offset=held.storage_offset(),
+                                                     dtype=held.dtype, device=DEVICE)
+        tensor.held = held
+        return tensor
+
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    def tolist(self):
+        return self.cpu().tolist()
+
+    def __repr__(self):
+        return repr(self.held)
+
+    def __format__(self, form):
+        return format(self.held, form)
+
+    def __reduce_ex__(self, protocol):                      # saved as what torch.load(map_location="cpu") would make of it
+        return self.held.__reduce_ex__(protocol)
+
+    @classmethod
+    def __torch_dispatch__(cls, operation, types, arguments=(), options=None):
+        global operations
+        operations += 1
+        options = dict(options or {})
+        leaves = tree_leaves((arguments, options))
+        mixed = leaves
+        if operation in COPIES:
+            mixed = []
+        elif operation in INDEXING and isinstance(arguments[0], cls):
+            mixed = [arguments[0], *arguments[2:]]           # an index may lie on the CPU
+        if any(type(leaf) is not cls and isinstance(leaf, torch.Tensor) and leaf.dim() > 0 for leaf in mixed):
+            raise RuntimeError(f"{operation} on tensors of pretend and of the CPU")
+        if any(isinstance(leaf, torch.Generator) for leaf in leaves):
+            raise RuntimeError(f"{operation} on pretend with a generator of the CPU")
+        target = torch.device(options["device"]) if options.get("device") is not None else DEVICE
+        if target.type == "pretend" and "device" in options:
+            options["device"] = torch.device("cpu")
+        result = operation(*tree_map(hold, arguments), **tree_map(hold, options))
+        if target.type != "pretend" or isinstance(arguments[0], torch.Tensor) and type(arguments[0]) is not cls:
+            return result.clone() if operation is torch.ops.aten._to_copy.default else arguments[0]
+        return return_and_correct_aliasing(operation, arguments, options, tree_map(lambda leaf: cls(leaf) if isinstance(leaf, torch.Tensor) else leaf, result))
+
+
+def hold(leaf):
+    return leaf.held if isinstance(leaf, PretendTensor) else leaf
+
+
+aten = torch.library.Library("aten", "IMPL")
+aten.impl("empty.memory_format", lambda size, dtype=None, layout=None, device=None, pin_memory=None, memory_format=None: PretendTensor(torch.empty(size, dtype=dtype)), "PrivateUse1")
+aten.impl("empty_strided", lambda size, stride, dtype=None, layout=None, device=None, pin_memory=None: PretendTensor(torch.empty_strided(size, stride, dtype=dtype)), "PrivateUse1")
+aten.impl("_copy_from", lambda source, target, non_blocking=False: hold(target).copy_(hold(source)) is None or target, "PrivateUse1")
+torch.inference_mode = torch.no_grad                         # tensors written in Python can't be made in inference mode
+
+
+# Autocast as CUDA has it: what it computes in half precision, what in float32 (PyTorch's "Autocast Op Reference"). Which operations
+# it treats at all is asked of PyTorch itself, so that none is forgotten when they change.
+HALVED = "addmm addmv addr matmul mm mv linear addbmm baddbmm bmm"
+RAISED = ("exp expm1 log log2 log10 log1p reciprocal rsqrt pow.Tensor_Scalar pow.Tensor_Tensor pow.Scalar softplus nll_loss logsumexp "
+          "layer_norm native_layer_norm norm.Scalar norm.ScalarOpt_dim cumsum softmax.int log_softmax.int sum sum.dim_IntList prod prod.dim_int "
+          "linalg_vector_norm cumprod")
+WIDEST = "addcmul addcdiv dot index_put scatter_add"
+TREATED = {name for name in f"{HALVED} {RAISED} {WIDEST}".split()}
+
+
+def treated_by_autocast(name):
+    return torch._C._dispatch_has_kernel_for_dispatch_key(f"aten::{name}", "AutocastCUDA")
+
+
+def cast_for(name):
+    operation = torch.ops.aten
+    for part in name.split("."):
+        operation = getattr(operation, part)
+    if "." not in name:
+        operation = operation.default
+
+    def cast(leaf, dtype):
+        if isinstance(leaf, torch.Tensor) and leaf.is_floating_point() and leaf.device.type == "pretend" and leaf.dtype != torch.float64:
+            return leaf.to(dtype)
+        return leaf
+
+    def kernel(*arguments, **options):
+        with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastPrivateUse1)):
+            floats = [leaf.dtype for leaf in tree_leaves(arguments) if isinstance(leaf, torch.Tensor) and leaf.is_floating_point()]
+            if name in HALVED.split():
+                dtype = torch.get_autocast_dtype("pretend")
+            else:
+                dtype = torch.float32 if name in RAISED.split() or torch.float32 in floats else floats[0]
+            return operation(*tree_map(lambda leaf: cast(leaf, dtype), arguments), **options)
+    return kernel
+
+
+fall_through = torch.library.Library("_", "IMPL")
+fall_through.fallback(torch.library.fallthrough_kernel, "AutocastPrivateUse1")
+for name in sorted(TREATED):
+    assert treated_by_autocast(name), name
+    aten.impl(name, cast_for(name), "AutocastPrivateUse1")
