@@ -2,12 +2,14 @@
 
     python tests/benchmarks.py --rows 5,6,7 --json
 
-Rows: 1 to 4 train models (minutes to hours), 5 to 10 take seconds to minutes, `memory` runs sections 2 to 4 on large texts.
+Rows: 1 to 4 train models (minutes to hours), 5 to 10 take seconds to minutes, `memory` runs sections 2 to 4 on large texts,
+`compile` takes training steps with and without torch.compile, and `gpu` does so on a CUDA card, against nanoGPT at two of its own settings.
 A peer is compared with where its path is given (--nanogpt, --minbpe: checkouts of the public repositories) or where it is
 installed (transformers, tokenizers). Rows 1 to 3 need Tiny Shakespeare as a file (--shakespeare). Each measurement that is
 compared runs in a process of its own, the two sides in turn.
 """
 import argparse
+import contextlib
 import dataclasses
 import importlib.util
 import json
@@ -254,53 +256,78 @@ STEP_SHAPES = {  # width, heads, layers, context, batch, vocabulary
     "laptop preset": (192, 3, 4, 256, 8, 2048),
     "width 256": (256, 4, 4, 256, 8, 2048),
 }
+GPU_SHAPES = {  # the same and dropout: the settings of nanoGPT's config files for its GPT-2 and for Tiny Shakespeare
+    "GPT-2 124M": (768, 12, 12, 1024, 12, 50304, 0.0),
+    "nanoGPT's Shakespeare 10.65M": (384, 6, 6, 256, 64, 65, 0.2),
+}
 
 
-def our_step(shape, steps=25):
-    """Median seconds of a step with GPT-2's parts (but exact GELU, as nanoGPT's), AdamW, float32."""
-    width, heads, layers, context, batch, vocabulary = STEP_SHAPES[shape]
+def synchronise(device):
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def most_bytes(device):
+    return torch.cuda.max_memory_allocated() if device == "cuda" else None
+
+
+def our_step(shape, steps=25, device="cpu", precision="float32", compile="no", classic=True):
+    """Median seconds of a step, and the most bytes in use on CUDA; GPT-2's parts (but exact GELU, as nanoGPT's) with AdamW, or the preset's."""
+    width, heads, layers, context, batch, vocabulary, *dropout = (STEP_SHAPES | GPU_SHAPES)[shape]
     library = prepared_library()
-    settings = library.make_settings("laptop", **{**library.CLASSIC, **LIKE_NANOGPT, "n_embd": width, "n_head": heads, "n_layer": layers, "context_length": context,
-                                                  "batch_size": batch, "accumulation_steps": 1})
-    model = library.GPT(dataclasses.replace(library.make_config(settings, 257), vocab_size=vocabulary))
-    optimizers, generator = library.make_optimizers(model, settings), torch.Generator().manual_seed(0)
-    tokens, times = torch.randint(vocabulary, (100_000,)), []
+    parts = {**library.CLASSIC, **LIKE_NANOGPT} if classic else {}
+    settings = library.make_settings("laptop", **{**parts, "n_embd": width, "n_head": heads, "n_layer": layers, "context_length": context,
+                                                  "batch_size": batch, "accumulation_steps": 1, "compile": compile, "dropout": (*dropout, 0.0)[0]})
+    precision = getattr(torch, precision)
+    model = library.GPT(dataclasses.replace(library.make_config(settings, 257), vocab_size=vocabulary)).to(device)
+    optimizers, generator = library.make_optimizers(model, settings, precision), torch.Generator().manual_seed(0)
+    model, tokens = library.for_training(model, torch.randint(vocabulary, (100_000,)), settings)
+    times = []
     for step in range(steps):
         start = time.perf_counter()
-        library.training_step(model, optimizers, tokens, settings, step, generator, torch.float32)
+        library.training_step(model, optimizers, tokens, settings, step, generator, precision)
+        synchronise(device)
         times.append(time.perf_counter() - start)
-    return statistics.median(times[3:])
+    return dict(seconds=statistics.median(times[3:]), bytes=most_bytes(device))
 
 
-def nanogpt_step(shape, nanogpt, steps=25):
+def nanogpt_step(shape, nanogpt, steps=25, device="cpu", precision="float32", compile="no"):
     """The same with nanoGPT's model and optimiser, in the order of its train.py."""
     sys.path.insert(0, nanogpt)
     import model as peer
-    width, heads, layers, context, batch, vocabulary = STEP_SHAPES[shape]
-    network = peer.GPT(peer.GPTConfig(block_size=context, vocab_size=vocabulary, n_layer=layers, n_head=heads, n_embd=width, dropout=0.0, bias=True))
-    optimizer = network.configure_optimizers(0.1, 1e-3, (0.9, 0.95), "cpu")
+    width, heads, layers, context, batch, vocabulary, *dropout = (STEP_SHAPES | GPU_SHAPES)[shape]
+    network = peer.GPT(peer.GPTConfig(block_size=context, vocab_size=vocabulary, n_layer=layers, n_head=heads, n_embd=width,
+                                      dropout=(*dropout, 0.0)[0], bias=True)).to(device)
+    optimizer = network.configure_optimizers(0.1, 1e-3, (0.9, 0.95), device)
+    network = torch.compile(network) if compile == "yes" else network
+    halved = contextlib.nullcontext() if precision == "float32" else torch.autocast(device, getattr(torch, precision))
     tokens, times = torch.randint(vocabulary, (100_000,)), []
     for step in range(steps):
         start = time.perf_counter()
         first = torch.randint(len(tokens) - context, (batch,))
         inputs, targets = (torch.stack([tokens[i + d:i + d + context] for i in first]) for d in (0, 1))
-        loss = network(inputs, targets)[1]
+        if device == "cuda":
+            inputs, targets = inputs.pin_memory(), targets.pin_memory()
+        inputs, targets = inputs.to(device, non_blocking=True), targets.to(device, non_blocking=True)
+        with halved:
+            loss = network(inputs, targets)[1]
         loss.backward()
         torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         loss.item()
+        synchronise(device)
         times.append(time.perf_counter() - start)
-    return statistics.median(times[3:])
+    return dict(seconds=statistics.median(times[3:]), bytes=most_bytes(device))
 
 
 def row_5(options):
     for shape, (width, heads, layers, context, batch, vocabulary) in STEP_SHAPES.items():
         ours, theirs = [], []
         for _ in range(options.seeds):
-            ours.append(batch * context / in_process("our_step", shape=shape))
+            ours.append(batch * context / in_process("our_step", shape=shape)["seconds"])
             if options.nanogpt:
-                theirs.append(batch * context / in_process("nanogpt_step", shape=shape, nanogpt=options.nanogpt))
+                theirs.append(batch * context / in_process("nanogpt_step", shape=shape, nanogpt=options.nanogpt)["seconds"])
         value, peer = statistics.median(ours), statistics.median(theirs) if theirs else None
         yield dict(row=5, what=f"training step, GPT-2's parts in float32, {shape} {layers}×{width}, {batch}×{context} tokens", unit="tokens/s",
                    value=value, peer=peer, ratio=value / peer if peer else None, spread=spread(ours), peer_spread=spread(theirs) if theirs else None)
@@ -326,6 +353,59 @@ def row_6(options):
     yield dict(row=6, what="share of the matrix-product rate that a laptop training step reaches", unit="share", value=statistics.median(values),
                peer=None, ratio=None, spread=spread(values), precision=runs[0]["precision"],
                matrix_rate=[round(run["rate"]) for run in runs], step_milliseconds=[round(1000 * run["seconds"], 1) for run in runs])
+
+
+# With and without torch.compile, and on a GPU
+
+def kept_for_backward(compile, shape="laptop preset"):
+    """Bytes that a forward pass in float32 with GPT-2's parts keeps for the backward pass, on the CPU: the notebook's own count."""
+    width, heads, layers, context, batch, vocabulary = STEP_SHAPES[shape]
+    library = prepared_library()
+    plain = library.GPT
+    library.GPT = (lambda config: torch.compile(plain(config))) if compile == "yes" else plain
+    return library.kept_bytes(library.GPTConfig(vocabulary, context, layers, heads, width), batch)
+
+
+def row_compile(options):
+    """Steps of the laptop preset in its own precision, with and without the compiler, in turn; and what each keeps in memory."""
+    width, heads, layers, context, batch, vocabulary = STEP_SHAPES["laptop preset"]
+    precision = options.precision
+    if precision == "auto":
+        precision = str(best_precision(load_library(), load_library().make_settings("laptop"))[0])[6:]
+    rates, kept = {}, {choice: in_process("kept_for_backward", compile=choice) for choice in ("no", "yes")}
+    for _ in range(options.seeds):
+        for choice in ("no", "yes"):
+            run = in_process("our_step", shape="laptop preset", precision=precision, compile=choice, classic=False)
+            rates.setdefault(choice, []).append(batch * context / run["seconds"])
+    value, peer = statistics.median(rates["yes"]), statistics.median(rates["no"])
+    yield dict(row="compile", what=f"training step of the laptop preset, compiled against plain, {precision}", unit="tokens/s", value=value, peer=peer,
+               ratio=value / peer, spread=spread(rates["yes"]), peer_spread=spread(rates["no"]))
+    yield dict(row="compile", what="kept for the backward pass, GPT-2's parts at the laptop preset's shape, compiled against plain, float32", unit="MB",
+               value=kept["yes"] / 1e6, peer=kept["no"] / 1e6, ratio=kept["yes"] / kept["no"], spread=None)
+
+
+def row_gpu(options):
+    """Ours against nanoGPT at the settings of its config files, bfloat16, on CUDA; ours with and without the compiler."""
+    if not torch.cuda.is_available():
+        raise SystemExit("the row gpu needs a CUDA GPU, and PyTorch sees none here")
+    library = load_library()
+    rate = library.matmul_rate(torch.bfloat16, torch.device("cuda")) * 1e9
+    for shape, (width, heads, layers, context, batch, vocabulary, _) in GPU_SHAPES.items():
+        config = library.GPTConfig(vocabulary, context, layers, heads, width)
+        runs = {}
+        for _ in range(options.seeds):
+            common = dict(shape=shape, device="cuda", precision="bfloat16")
+            runs.setdefault("plain", []).append(in_process("our_step", **common))
+            runs.setdefault("compiled", []).append(in_process("our_step", **common, compile="yes"))
+            if options.nanogpt:
+                runs.setdefault("nanoGPT", []).append(in_process("nanogpt_step", **common, compile="yes", nanogpt=options.nanogpt))
+        speed = {name: statistics.median(batch * context / run["seconds"] for run in taken) for name, taken in runs.items()}
+        used = {name: round(speed[name] * library.flops_per_token(config, context) / rate, 3) for name in speed}
+        peer = speed.get("nanoGPT")
+        yield dict(row="gpu", what=f"training step, {shape}, bfloat16, compiled", unit="tokens/s", value=speed["compiled"], peer=peer,
+                   ratio=speed["compiled"] / peer if peer else None, spread=spread([batch * context / run["seconds"] for run in runs["compiled"]]),
+                   plain=speed["plain"], utilisation=used, gigabytes={name: round(taken[0]["bytes"] / 1e9, 2) for name, taken in runs.items()},
+                   matrix_rate=round(rate / 1e12), card=torch.cuda.get_device_name())
 
 
 # Rows 7 and 8: generation
@@ -550,21 +630,21 @@ def measurements(options):
             yield from function(options)
     if {7, 8} & set(rows):
         yield from row_7_and_8(options, rows)
-    for row, function in ((9, row_9), (10, row_10), ("memory", row_memory)):
+    for row, function in ((9, row_9), (10, row_10), ("memory", row_memory), ("compile", row_compile), ("gpu", row_gpu)):
         if row in rows:
             yield from function(options)
 
 
 def parse_rows(text):
     rows = [int(part) if part.isdigit() else part for part in text.split(",")]
-    if wrong := [row for row in rows if row not in (*range(1, 11), "memory")]:
-        raise argparse.ArgumentTypeError(f"row {wrong[0]!r} is unknown; the rows are 1 to 10 and memory")
+    if wrong := [row for row in rows if row not in (*range(1, 11), "memory", "compile", "gpu")]:
+        raise argparse.ArgumentTypeError(f"row {wrong[0]!r} is unknown; the rows are 1 to 10, memory, compile and gpu")
     return rows
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", type=parse_rows, default=[5, 6, 7, 8, 9, 10], help="1 to 10 and memory, with commas between; default 5,6,7,8,9,10")
+    parser.add_argument("--rows", type=parse_rows, default=[5, 6, 7, 8, 9, 10], help="1 to 10, memory, compile and gpu, with commas between; default 5,6,7,8,9,10")
     parser.add_argument("--json", action="store_true", help="one JSON object per row")
     parser.add_argument("--seeds", type=int, default=3, help="how often each measurement is taken (default 3)")
     parser.add_argument("--nanogpt", type=os.path.abspath, help="path of a checkout of nanoGPT")

@@ -1,4 +1,5 @@
-"""A pretend accelerator, written in Python: its tensors hold a tensor of the CPU, and refuse what a GPU's would refuse.
+"""A pretend accelerator, written in Python: its tensors hold a tensor of the CPU, and refuse what a GPU's would refuse
+(and float64, as Apple's MPS does).
 
 It shows without a GPU that no tensor of the notebook is on the wrong side. Importing it makes torch.device("pretend").
 It leans on PyTorch's experimental support for devices in Python (torch.utils.backend_registration, as of 2.13).
@@ -63,6 +64,8 @@ class PretendTensor(torch.Tensor):
         if target.type == "pretend" and "device" in options:
             options["device"] = torch.device("cpu")
         result = operation(*tree_map(hold, arguments), **tree_map(hold, options))
+        if target.type == "pretend" and any(isinstance(leaf, torch.Tensor) and leaf.dtype == torch.float64 for leaf in tree_leaves(result)):
+            raise TypeError(f"{operation} in float64, which Apple's MPS does not have")
         if target.type != "pretend" or isinstance(arguments[0], torch.Tensor) and type(arguments[0]) is not cls:
             return result.clone() if operation is torch.ops.aten._to_copy.default else arguments[0]
         return return_and_correct_aliasing(operation, arguments, options, tree_map(lambda leaf: cls(leaf) if isinstance(leaf, torch.Tensor) else leaf, result))

@@ -305,7 +305,7 @@ def test_the_benchmark_prints_one_object_a_row():
     for row in rows:
         assert {"what", "value", "unit", "peer", "ratio", "spread"} <= set(row) and row["value"] > 0 and row["peer"] is None
     wrong = subprocess.run([*command, "--rows", "6,99"], capture_output=True, text=True, timeout=60)
-    assert wrong.returncode == 2 and "row 99 is unknown; the rows are 1 to 10 and memory" in wrong.stderr
+    assert wrong.returncode == 2 and "row 99 is unknown; the rows are 1 to 10, memory, compile and gpu" in wrong.stderr
 
 
 def test_no_name_is_defined_twice():
