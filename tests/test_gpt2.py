@@ -1,7 +1,14 @@
 """The notebook's GPT is GPT-2: against transformers and against NumPy, both ways; malformed files are refused."""
 import dataclasses
+import hashlib
+import http.server
 import json
+import os
 import re
+import shutil
+import subprocess
+import sys
+import threading
 
 import numpy as np
 import pytest
@@ -10,6 +17,8 @@ import torch
 transformers = pytest.importorskip("transformers", reason="needs transformers, from tests/requirements.txt")
 import safetensors.numpy
 from safetensors.torch import load_file, save_file
+
+from conftest import ROOT
 
 SHAPES = [dict(vocab_size=61, n_positions=72, n_embd=32, n_layer=2, n_head=4), dict(vocab_size=97, n_positions=80, n_embd=64, n_layer=3, n_head=1),
           dict(vocab_size=50, n_positions=96, n_embd=24, n_layer=1, n_head=3)]
@@ -226,6 +235,66 @@ def test_the_hub_out_of_reach_is_said_in_one_sentence(library, monkeypatch):
     with pytest.raises(ConnectionError, match="'no-such/model' is no path here, and its config.json can't be fetched") as error:
         library.load_gpt2("no-such/model")
     assert "\n" not in str(error.value)
+
+
+HUB_CLIENT = """
+import json, sys, torch
+sys.path.insert(0, sys.argv[1])
+from conftest import load_library
+library = load_library()
+tokens = torch.tensor(json.loads(sys.argv[2]))
+with torch.no_grad():
+    print("LOGITS", json.dumps(library.load_gpt2("gpt2")(tokens)[0][0, -1].tolist()))
+"""
+
+
+@pytest.mark.faults
+def test_a_model_comes_from_the_hub_once(library, tmp_path):
+    """A stand-in for the hub on this machine, with the hub's addresses and headers: the published layout is fetched, kept and found again."""
+    (tmp_path / "files").mkdir()
+    model, asked = scaled_up(SHAPES[0]), []
+    save(model, tmp_path / "files", "published")
+
+    class Hub(http.server.BaseHTTPRequestHandler):
+        def do_HEAD(self, body=False):
+            asked.append((self.command, self.path))
+            found = re.fullmatch(r"/gpt2/resolve/main/([\w.]+)", self.path.split("?")[0])
+            content = (tmp_path / "files" / found[1]).read_bytes() if found and (tmp_path / "files" / found[1]).exists() else None
+            self.send_response(404 if content is None else 200)
+            if content is not None:
+                self.send_header("ETag", f'"{hashlib.sha256(content).hexdigest()}"')
+                self.send_header("X-Repo-Commit", "0" * 40)
+            self.send_header("Content-Length", str(len(content or b"")))
+            self.end_headers()
+            if body and content is not None:
+                self.wfile.write(content)
+
+        def do_GET(self):
+            self.do_HEAD(body=True)
+
+        def log_message(self, *words):
+            pass
+
+    tokens = torch.randint(SHAPES[0]["vocab_size"], (1, 20), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        wanted = model(tokens).logits[0, -1]
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    environment = {**os.environ, "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HOME": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "0"}
+    command = [sys.executable, "-c", HUB_CLIENT, str(ROOT / "tests"), json.dumps(tokens.tolist())]
+    try:
+        for fetched in (2, 0):                          # the second time, nothing is asked for
+            asked.clear()
+            done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
+            assert done.returncode == 0, done.stderr[-2000:]
+            assert close(torch.tensor(json.loads(done.stdout.split("LOGITS ")[1])), wanted)
+            assert sum(method == "GET" and address.startswith("/gpt2/") for method, address in asked) == fetched, asked
+        (tmp_path / "files" / "model.safetensors").unlink()
+        shutil.rmtree(tmp_path / "hub")
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
+        assert "ConnectionError: 'gpt2' is no path here, and its model.safetensors can't be fetched from the hub" in done.stderr
+    finally:
+        server.shutdown()
 
 
 def test_round_trip_of_every_type(library, tmp_path):

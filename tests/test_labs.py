@@ -25,7 +25,7 @@ def test_recorded_runs_were_made_by_these_definitions(library, lab):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("labs", [("parts", "sizes"), pytest.param(("positions", "shapes"), marks=pytest.mark.slow)], ids="-".join)
+@pytest.mark.parametrize("labs", [("parts",), pytest.param(("positions", "shapes", "sizes"), marks=pytest.mark.slow)], ids="-".join)
 def test_recorded_runs_can_be_repeated(tmp_path, labs):
     """One point of a lab is trained again, with the recorded seed and number of steps. Recorded runs are drawn over several seeds;
     another Python's standard library is a slightly different text, and another processor rounds in another way, hence the margin."""
