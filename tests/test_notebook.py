@@ -140,7 +140,7 @@ def test_prose_of_ones_own_runs_from_top_to_bottom(tmp_path):
     assert "── greedy\nOnce upon a time" in text and "of 20 functions" not in text
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_gpt2s_vocabulary_runs_from_top_to_bottom(tmp_path):
     folder = ROOT.parent / "shared" / "data" / "tiktoken"
     if not folder.is_dir():
