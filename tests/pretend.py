@@ -82,8 +82,8 @@ aten.impl("_copy_from", lambda source, target, non_blocking=False: hold(target).
 torch.inference_mode = torch.no_grad                         # tensors written in Python can't be made in inference mode
 
 
-# Autocast as CUDA has it: what it computes in half precision, what in float32 (PyTorch's "Autocast Op Reference"). Which operations
-# it treats at all is asked of PyTorch itself, so that none is forgotten when they change.
+# Autocast as CUDA has it: what it computes in half precision, what in float32 (PyTorch's "Autocast Op Reference"), of the operations
+# that the notebook may use. That CUDA's autocast treats each of them is checked below.
 HALVED = "addmm addmv addr matmul mm mv linear addbmm baddbmm bmm"
 RAISED = ("exp expm1 log log2 log10 log1p reciprocal rsqrt pow.Tensor_Scalar pow.Tensor_Tensor pow.Scalar softplus nll_loss logsumexp "
           "layer_norm native_layer_norm norm.Scalar norm.ScalarOpt_dim cumsum softmax.int log_softmax.int sum sum.dim_IntList prod prod.dim_int "
