@@ -13,7 +13,6 @@ import contextlib
 import dataclasses
 import importlib.util
 import json
-import math
 import os
 import pathlib
 import random

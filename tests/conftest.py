@@ -23,16 +23,21 @@ def cells_with_tag(tag):
     return ["".join(cell["source"]) for cell in cells if tag in cell["metadata"].get("tags", [])]
 
 
-def cells_of_sections(first, last, without=("check", "exercise")):
-    """(source, tags) of the code cells of these sections, without those that have one of these tags."""
-    found, number = [], 0
+def code_cells():
+    """[(section number, cell without its outputs), …] of the code cells."""
+    section, cells = 0, []
     for cell in json.loads(NOTEBOOK.read_text(encoding="utf-8"))["cells"]:
-        source, tags = "".join(cell["source"]), cell["metadata"].get("tags", [])
-        if cell["cell_type"] == "markdown":
-            number = int(match.group(1)) if (match := re.match(r'## (\d+) ', source.lstrip())) else number
-        elif first <= number <= last and not set(without) & set(tags):
-            found.append((source, tags))
-    return found
+        if cell["cell_type"] == "markdown" and (found := re.match(r"## (\d+) ", "".join(cell["source"]))):
+            section = int(found.group(1))
+        elif cell["cell_type"] == "code":
+            cells.append((section, {**cell, "outputs": []}))
+    return cells
+
+
+def cells_of_sections(first, last, without=("check", "exercise")):
+    """[(source, tags), …] of the code cells of these sections, without those that have one of these tags."""
+    cells = [("".join(cell["source"]), cell["metadata"].get("tags", [])) for section, cell in code_cells() if first <= section <= last]
+    return [(source, tags) for source, tags in cells if not set(without) & set(tags)]
 
 
 def define_cells():
@@ -76,6 +81,21 @@ def finish_notebook(process, folder, output="run.ipynb"):
 
 def execute_notebook(folder, *arguments, **options):
     return finish_notebook(start_notebook(folder, *arguments, **options), folder)
+
+
+def run_with(folder, settings_cell, before=None, more=(), **environment):
+    """What the notebook prints with these settings: whole, or up to the cell that begins with `before`, and cells of one's own after it."""
+    notebook = json.loads(NOTEBOOK.read_text(encoding="utf-8"))
+    cells = notebook["cells"]
+    if before:
+        cells = cells[:next(i for i, cell in enumerate(cells) if "".join(cell["source"]).startswith(before))]
+    for cell in cells:
+        if "parameters" in cell["metadata"].get("tags", []):
+            cell["source"] = settings_cell
+    cells += [{"cell_type": "code", "id": f"more{i}", "metadata": {}, "outputs": [], "execution_count": None, "source": source}
+              for i, source in enumerate(more)]
+    (folder / NOTEBOOK.name).write_text(json.dumps({**notebook, "cells": cells}), encoding="utf-8")
+    return execute_notebook(folder, **environment)
 
 
 @pytest.fixture(scope="session")

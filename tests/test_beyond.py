@@ -1,5 +1,4 @@
 """Section 14 and what it leans on: large texts, devices, compiled steps, several processes, and the arithmetic of large models."""
-import dataclasses
 import json
 import math
 import os

@@ -80,6 +80,7 @@ WritingPanel(model, build_tokenizer([]), "def")"""
 @pytest.fixture(scope="module")
 def page(browser, lab, tmp_path_factory):
     """The notebook in JupyterLab, run to its end with the smoke preset."""
+    from playwright.sync_api import TimeoutError
     page = browser.new_page(viewport={"width": 1400, "height": 1000})
     page.goto(f"{lab}/lab/tree/{NOTEBOOK.name}")
     page.wait_for_selector(".jp-NotebookPanel .jp-Cell", timeout=90_000)
@@ -90,7 +91,7 @@ def page(browser, lab, tmp_path_factory):
             page.get_by_role("menuitem", name="Restart Kernel and Run All Cells…").click(timeout=10_000)
             page.locator(".jp-Dialog button.jp-mod-warn").click(timeout=10_000)
             break
-        except pytest.importorskip("playwright.sync_api").TimeoutError:
+        except TimeoutError:
             if attempt == 4:
                 raise
             page.keyboard.press("Escape")

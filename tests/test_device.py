@@ -3,6 +3,7 @@
 It shows that every tensor is where it must be, and that bfloat16 works as CUDA's autocast has it; not how fast anything is.
 The device stays for the life of a process, so each test has one of its own.
 """
+import concurrent.futures
 import multiprocessing
 import os
 import types
@@ -19,30 +20,36 @@ PARTS = {"today's parts": {}, "GPT-2's parts": dict(optimizer="adamw", position=
 
 
 def in_a_new_process(function, *arguments):
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(function, arguments)
+    with concurrent.futures.ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(function, *arguments).result()
 
 
 def what_is_refused():
+    """{attempt: what was said of it, None where it passed}, and whether what a GPU allows is allowed and casts as autocast does."""
     import pretend
     there, here = torch.ones(4, 4, device="pretend"), torch.ones(4, 4)
     tries = {"sum": lambda: there + here, "product": lambda: here @ there, "in place": lambda: here.add_(there), "joined": lambda: torch.cat([there, here]),
-             "lookup": lambda: nn.functional.embedding(torch.tensor([1]), there), "indexed from there": lambda: here[torch.tensor([1], device="pretend")],
-             "numpy": lambda: there.numpy(), "generator": lambda: torch.rand(3, device="pretend", generator=torch.Generator())}
-    nn, refused = torch.nn, {}
+             "lookup": lambda: torch.nn.functional.embedding(torch.tensor([1]), there), "indexed from there": lambda: here[torch.tensor([1], device="pretend")],
+             "float64": lambda: there.double(), "generator": lambda: torch.rand(3, device="pretend", generator=torch.Generator())}
+    said = {}
     for name, attempt in tries.items():
         try:
             attempt()
-            refused[name] = False
-        except (RuntimeError, TypeError):
-            refused[name] = True
+            said[name] = None
+        except (RuntimeError, TypeError) as error:
+            said[name] = str(error)
     allowed = torch.equal((2 * there[torch.tensor([0, 1])] * torch.tensor(0.5)).cpu(), here[:2]) and pretend.operations > 3
-    return refused, allowed
+    with torch.autocast("pretend", torch.bfloat16):
+        product = there @ there
+        cast = [x.dtype for x in (product, product.sum(), product.rsqrt(), product + product)]
+    return said, allowed and cast == [torch.bfloat16, torch.float32, torch.float32, torch.bfloat16]
 
 
 def test_the_pretend_device_refuses_what_a_gpu_refuses():
-    refused, allowed = in_a_new_process(what_is_refused)
-    assert all(refused.values()), refused
+    said, allowed = in_a_new_process(what_is_refused)
+    for name, words in said.items():
+        reason = {"float64": "in float64", "generator": "with a generator of the CPU"}.get(name, "on tensors of pretend and of the CPU")
+        assert words and reason in words, (name, words)
     assert allowed
 
 
@@ -83,7 +90,7 @@ def test_a_tensor_on_the_wrong_side_would_be_noticed(old, new):
 
 def carried_over(folder):
     """A run is stopped on one device, saved, and goes on there and on the CPU. → whether all three runs end alike."""
-    import pretend  # noqa: F401
+    import pretend  # noqa: F401  (makes the device)
     library, ends = load_library(WITH_PRETEND), []
     tokens = torch.randint(200, (4000,), generator=torch.Generator().manual_seed(0))
     settings = library.make_settings("smoke", max_steps=10, context_length=32)

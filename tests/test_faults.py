@@ -22,7 +22,7 @@ import pytest
 import torch
 
 import referees
-from conftest import NOTEBOOK, execute_notebook, finish_notebook, load_library, start_notebook
+from conftest import NOTEBOOK, code_cells, execute_notebook, finish_notebook, load_library, start_notebook
 from test_library import make_run
 
 pytestmark = pytest.mark.faults
@@ -65,7 +65,6 @@ def test_killed_and_resumed_in_a_new_process_is_the_same_to_the_bit(library, tok
 
     texts, batches = [], []                                      # what both write, and what both would read next
     for folder in folders:
-        settings = library.make_settings(**contents[0]["settings"])
         model, generator = library.GPT(library.GPTConfig(**contents[0]["config"])), torch.Generator()
         library.load_checkpoint(folder / "run.pt", model, generator=generator)
         texts.append(library.generate(model, tokenizer, "for", 40, seed=0))
@@ -357,7 +356,7 @@ def test_the_stop_button_of_a_kernel(tmp_path):
         return "".join(printed)
     try:
         run_cell = None
-        for _, cell in code_cells(json.loads(NOTEBOOK.read_text(encoding="utf-8"))):
+        for _, cell in code_cells():
             source = "".join(cell["source"])
             if "parameters" in cell["metadata"].get("tags", []):
                 source = 'preset = "smoke"\nchanges = dict(max_steps=2000, evaluations=2)'
@@ -457,17 +456,6 @@ def test_the_ledger_names_the_section_to_run_again(library):
         ledger.need(settings, 9)
 
 
-def code_cells(notebook):
-    """[(section number, cell), …] of the code cells."""
-    section, cells = 0, []
-    for cell in notebook["cells"]:
-        if cell["cell_type"] == "markdown" and (found := re.match(r"## (\d+) ", "".join(cell["source"]))):
-            section = int(found.group(1))
-        elif cell["cell_type"] == "code":
-            cells.append((section, {**cell, "outputs": []}))
-    return cells
-
-
 def execute_cells(folder, cells):
     notebook = json.loads(NOTEBOOK.read_text(encoding="utf-8"))
     copies = [{**cell, "id": f"cell-{i}"} for i, cell in enumerate(cells)]
@@ -477,7 +465,7 @@ def execute_cells(folder, cells):
 
 @pytest.mark.long
 def test_every_cell_twice_and_sections_in_any_order(tmp_path):
-    cells = code_cells(json.loads(NOTEBOOK.read_text(encoding="utf-8")))
+    cells = code_cells()
     order = [cell for number, cell in cells if number < 13 for _ in range(2)]
     for section in (12, 10, 8, 11, 9, 12, 8, 10):
         order += [cell for number, cell in cells if number == section]
@@ -489,7 +477,7 @@ def test_every_cell_twice_and_sections_in_any_order(tmp_path):
 
 
 def test_a_changed_setting_without_the_cells_between_is_one_sentence(tmp_path):
-    cells = code_cells(json.loads(NOTEBOOK.read_text(encoding="utf-8")))
+    cells = code_cells()
     probe = dict(cell_type="code", metadata={}, outputs=[], execution_count=None)
     order = [cell for number, cell in cells if number < 5]
     for number, changes in ((8, "vocab_size=400"), (9, "n_embd=32"), (10, "max_steps=3"), (11, "n_layer=1"), (12, "corpus='shakespeare'")):

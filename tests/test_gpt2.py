@@ -249,7 +249,7 @@ with torch.no_grad():
 
 
 @pytest.mark.faults
-def test_a_model_comes_from_the_hub_once(library, tmp_path):
+def test_a_model_comes_from_the_hub_once(tmp_path):
     """A stand-in for the hub on this machine, with the hub's addresses and headers: the published layout is fetched, kept and found again."""
     (tmp_path / "files").mkdir()
     model, asked = scaled_up(SHAPES[0]), []

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import referees
-from conftest import NOTEBOOK, ROOT, execute_notebook, outputs_text
+from conftest import NOTEBOOK, ROOT, execute_notebook, outputs_text, run_with
 
 LABS = {"parts": ("PARTS", "TRIED"), "positions": ("position_points", "with_context"), "shapes": ("SHAPES",), "sizes": ("SIZES", "size_points")}
 
@@ -130,15 +130,7 @@ def test_the_pretrained_files_are_small_and_hold_only_weights(library):
 def sections_before(folder, words, settings_cell, *more):
     """What the notebook prints up to the cell that begins with these words, and cells of one's own after it, beside the shipped checkpoints."""
     shutil.copytree(ROOT / "checkpoints", folder / "checkpoints", ignore=shutil.ignore_patterns("*.lock"))
-    notebook = json.loads(NOTEBOOK.read_text(encoding="utf-8"))
-    end = next(i for i, cell in enumerate(notebook["cells"]) if "".join(cell["source"]).startswith(words))
-    for cell in notebook["cells"]:
-        if "parameters" in cell["metadata"].get("tags", []):
-            cell["source"] = settings_cell
-    cells = notebook["cells"][:end] + [{"cell_type": "code", "id": f"more{i}", "metadata": {}, "outputs": [], "execution_count": None, "source": source}
-                                       for i, source in enumerate(more)]
-    (folder / "short.ipynb").write_text(json.dumps({**notebook, "cells": cells}), encoding="utf-8")
-    return execute_notebook(folder, "short.ipynb")
+    return run_with(folder, settings_cell, words, more)
 
 
 @pytest.mark.long

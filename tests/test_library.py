@@ -1,6 +1,5 @@
 """The notebook's definitions against independent references, properties and bad input."""
 import ast
-import dataclasses
 import http.server
 import json
 import math

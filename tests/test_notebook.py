@@ -7,7 +7,7 @@ import subprocess
 
 import pytest
 
-from conftest import NOTEBOOK, ROOT, execute_notebook, load_library, outputs_text
+from conftest import NOTEBOOK, ROOT, execute_notebook, load_library, outputs_text, run_with
 
 
 def committed(name):
@@ -112,19 +112,13 @@ def test_top_level_holds_what_was_agreed():
         "gpt_from_scratch.ipynb", "data", "checkpoints", "requirements.txt", "README.md", "LICENSE", "tests"}
 
 
-def run_with(tmp_path, changes, **environment):
-    """Executes the notebook with the smoke preset and other settings; returns what it printed."""
-    notebook = json.loads(NOTEBOOK.read_text(encoding="utf-8"))
-    for cell in notebook["cells"]:
-        if "parameters" in cell["metadata"].get("tags", []):
-            cell["source"] = f'preset = "smoke"\nchanges = {changes!r}'
-    (tmp_path / NOTEBOOK.name).write_text(json.dumps(notebook), encoding="utf-8")
-    return execute_notebook(tmp_path, **environment)
+def smoke_with(changes):
+    return f'preset = "smoke"\nchanges = {changes!r}'
 
 
 @pytest.mark.long
 def test_gpt2s_choices_run_from_top_to_bottom(tmp_path):
-    assert "parameters, as on paper" in run_with(tmp_path, {**load_library().CLASSIC, "dropout": 0.1, "split_pattern": "gpt2"})
+    assert "parameters, as on paper" in run_with(tmp_path, smoke_with({**load_library().CLASSIC, "dropout": 0.1, "split_pattern": "gpt2"}))
 
 
 @pytest.mark.long
@@ -136,13 +130,14 @@ def test_prose_of_ones_own_runs_from_top_to_bottom(tmp_path):
     paragraphs = [inspect.getdoc(value) or "" for module in (statistics, unittest, argparse, logging, email.message, http.client, decimal, os, json)
                   for value in vars(module).values()]
     (tmp_path / "own.txt").write_text("\n\n".join(dict.fromkeys(paragraphs)), encoding="utf-8")
-    text = run_with(tmp_path, dict(corpus="own.txt", min_document_bytes=20, held_out_share=0.3))
+    text = run_with(tmp_path, smoke_with(dict(corpus="own.txt", min_document_bytes=20, held_out_share=0.3)))
     assert "── greedy\nOnce upon a time" in text and "of 20 functions" not in text
 
 
-@pytest.mark.slow
-def test_gpt2s_vocabulary_runs_from_top_to_bottom(tmp_path):
+@pytest.mark.long
+def test_gpt2s_vocabulary_runs_up_to_the_labs(tmp_path):
+    """The labs train a dozen models: with 50,257 tokens they would take ten minutes."""
     folder = ROOT.parent / "shared" / "data" / "tiktoken"
     if not folder.is_dir():
         pytest.skip("needs GPT-2's vocabulary in a tiktoken cache beside the project")
-    assert "vocabulary: 50,257 tokens" in run_with(tmp_path, dict(tokenizer="gpt2", samples=5), TIKTOKEN_CACHE_DIR=str(folder))
+    assert "vocabulary: 50,257 tokens" in run_with(tmp_path, smoke_with(dict(tokenizer="gpt2", samples=5, max_steps=10)), before="## 13 ", TIKTOKEN_CACHE_DIR=str(folder))
