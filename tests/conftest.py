@@ -57,9 +57,9 @@ def load_library(replace=()):
 
 
 def outputs_text(notebook):
-    """All that a notebook (dict) printed or displayed as text."""
-    return "\n".join("".join(output.get("text", [])) + "".join(output.get("data", {}).get("text/plain", []))
-                     for cell in notebook["cells"] for output in cell.get("outputs", []))
+    """All that a notebook (dict) printed or displayed as text. A stream comes in pieces that may end anywhere, so they are joined as they are."""
+    shown = lambda output: "".join(output.get("text", [])) or "\n" + "".join(output.get("data", {}).get("text/plain", [])) + "\n"
+    return "\n".join("".join(shown(output) for output in cell.get("outputs", [])) for cell in notebook["cells"])
 
 
 def start_notebook(folder, name=NOTEBOOK.name, output="run.ipynb", **environment):

@@ -24,6 +24,16 @@ SETTINGS = {  # all cells stay in the page, also those that are scrolled away
 }
 
 
+CONNECTED_KERNEL = """async () => {
+    const kernel = () => window.jupyterapp?.shell.currentWidget?.sessionContext?.session?.kernel;
+    for (let tries = 0; kernel()?.connectionStatus !== 'connected' || kernel().status !== 'idle'; tries++) {
+        if (tries > 600) throw new Error('the kernel is not connected after two minutes');
+        await new Promise(done => setTimeout(done, 200));
+    }
+    await kernel().info;
+}"""
+
+
 @pytest.fixture(scope="module")
 def browser():
     engine = pytest.importorskip("playwright.sync_api", reason="needs the package playwright")
@@ -59,7 +69,7 @@ WritingPanel(model, build_tokenizer([]), "def")"""
                    **{name: str(folder / "jupyter" / name) for name in ("JUPYTER_CONFIG_DIR", "JUPYTER_RUNTIME_DIR", "JUPYTERLAB_WORKSPACES_DIR")}}
     environment.pop("MPLBACKEND", None)                               # conftest's choice; here the figures are to be seen
     environment["PATH"] = os.path.dirname(sys.executable) + os.pathsep + environment["PATH"]
-    command = [sys.executable, "-m", "jupyterlab", "--no-browser", f"--port={port}", "--IdentityProvider.token=", "--allow-root"]
+    command = [sys.executable, "-m", "jupyterlab", "--no-browser", f"--port={port}", "--IdentityProvider.token=", "--allow-root", "--LabApp.expose_app_in_browser=True"]
     with open(folder / "server.log", "wb") as log:
         server = subprocess.Popen(command, cwd=folder, env=environment, stdout=log, stderr=log)
     try:
@@ -80,21 +90,12 @@ WritingPanel(model, build_tokenizer([]), "def")"""
 @pytest.fixture(scope="module")
 def page(browser, lab, tmp_path_factory):
     """The notebook in JupyterLab, run to its end with the smoke preset."""
-    from playwright.sync_api import TimeoutError
     page = browser.new_page(viewport={"width": 1400, "height": 1000})
     page.goto(f"{lab}/lab/tree/{NOTEBOOK.name}")
     page.wait_for_selector(".jp-NotebookPanel .jp-Cell", timeout=90_000)
-    page.wait_for_function("document.querySelector('.jp-Notebook-ExecutionIndicator')?.dataset.status === 'idle'", timeout=120_000)
-    for attempt in range(5):                # a page that still settles may close the menu, or lose the click
-        try:
-            page.get_by_role("menuitem", name="Run", exact=True).click(timeout=10_000)
-            page.get_by_role("menuitem", name="Restart Kernel and Run All Cells…").click(timeout=10_000)
-            page.locator(".jp-Dialog button.jp-mod-warn").click(timeout=10_000)
-            break
-        except TimeoutError:
-            if attempt == 4:
-                raise
-            page.keyboard.press("Escape")
+    page.evaluate(CONNECTED_KERNEL)           # what is run before that asks which kernel to take, or does nothing
+    page.get_by_role("menuitem", name="Run", exact=True).click()
+    page.get_by_role("menuitem", name="Run All Cells", exact=True).click()       # the kernel is new; a restart would ask back in a dialog
     page.get_by_text("induction_weight_solution: right").wait_for(state="attached", timeout=600_000)   # the last line: a cell that failed would end the run before it
     yield page
     page.close()
