@@ -1,5 +1,5 @@
 """A pretend accelerator, written in Python: its tensors hold a tensor of the CPU, and refuse what a GPU's would refuse
-(and float64, as Apple's MPS does).
+(and float64, as Apple's MPS does). Where torch.set_float32_matmul_precision allows it, it multiplies as CUDA's TF32 units do.
 
 It shows without a GPU that no tensor of the notebook is on the wrong side. Importing it makes torch.device("pretend").
 It leans on PyTorch's experimental support for devices in Python (torch.utils.backend_registration, as of 2.13).
@@ -63,12 +63,26 @@ class PretendTensor(torch.Tensor):
         target = torch.device(options["device"]) if options.get("device") is not None else DEVICE
         if target.type == "pretend" and "device" in options:
             options["device"] = torch.device("cpu")
-        result = operation(*tree_map(hold, arguments), **tree_map(hold, options))
+        arguments_held = tree_map(hold, arguments)
+        if operation in PRODUCTS and torch.get_float32_matmul_precision() != "highest":
+            arguments_held = (*arguments_held[:-2], *map(tf32, arguments_held[-2:]))
+        result = operation(*arguments_held, **tree_map(hold, options))
         if target.type == "pretend" and any(isinstance(leaf, torch.Tensor) and leaf.dtype == torch.float64 for leaf in tree_leaves(result)):
             raise TypeError(f"{operation} in float64, which Apple's MPS does not have")
         if target.type != "pretend" or isinstance(arguments[0], torch.Tensor) and type(arguments[0]) is not cls:
             return result.clone() if operation is torch.ops.aten._to_copy.default else arguments[0]
         return return_and_correct_aliasing(operation, arguments, options, tree_map(lambda leaf: cls(leaf) if isinstance(leaf, torch.Tensor) else leaf, result))
+
+
+PRODUCTS = {getattr(torch.ops.aten, name).default for name in ("mm", "bmm", "addmm", "baddbmm")}      # the factors come last
+
+
+def tf32(factor):
+    """A factor as CUDA's TF32 units read it: float32 with 10 bits of fraction."""
+    if factor.dtype != torch.float32:
+        return factor
+    bits = factor.contiguous().view(torch.int32)
+    return ((bits + 0xFFF + ((bits >> 13) & 1)) & ~0x1FFF).view(torch.float32)
 
 
 def hold(leaf):

@@ -111,7 +111,7 @@ def optimizer_difference(ours, theirs, steps=60):
             b.grad = a.grad.clone()
         for optimizer in optimizers:
             optimizer.step()
-    return max(float((a - b).detach().abs().max() / b.detach().abs().max()) for a, b in zip(*pair))
+    return float(torch.stack([(a - b).detach().abs().max() / b.detach().abs().max() for a, b in zip(*pair)]).max())      # NaN where one is
 
 
 def adamw_is_pytorchs(lib):

@@ -11,10 +11,11 @@ import types
 import pytest
 import torch
 
-from conftest import cells_of_sections, load_library
+from conftest import NOTEBOOK, cells_of_sections, load_library
 
 WITH_PRETEND = [('"device": ("auto", "cpu", "cuda", "mps")', '"device": ("auto", "cpu", "cuda", "mps", "pretend")'),
-                ('available = {"cpu": True', 'available = {"pretend": True, "cpu": True')]
+                ('available = {"cpu": True', 'available = {"pretend": True, "cpu": True'),
+                ('if device.type == "cuda":\n        torch.set_float32_matmul_precision', 'if device.type != "cpu":\n        torch.set_float32_matmul_precision')]
 PARTS = {"today's parts": {}, "GPT-2's parts": dict(optimizer="adamw", position="learned", norm="layernorm", activation="gelu", bias=True, tie_embeddings=True),
          "the rest": dict(dropout=0.1, accumulation_steps=2, position="sinusoidal", qk_norm=True)}
 
@@ -116,7 +117,7 @@ def test_a_checkpoint_goes_from_one_device_to_another(tmp_path):
     assert in_a_new_process(carried_over, str(tmp_path)) == (True, 10)
 
 
-def every_section(folder):
+def every_section(folder, precision):
     import IPython.display
     import pretend
     IPython.display.display = lambda *a, **k: types.SimpleNamespace(update=lambda *a, **k: None)
@@ -126,15 +127,47 @@ def every_section(folder):
     cells = cells_of_sections(0, 12, without={"exercise"}) + labs + cells_of_sections(14, 14)
     for source, tags in cells:
         if "parameters" in tags:
-            source = 'preset = "smoke"\nchanges = dict(device="pretend", precision="bfloat16")'
+            source = 'preset = "smoke"\nchanges = dict(device="pretend", precision="' + precision + '")'
         for old, new in WITH_PRETEND:
             source = source.replace(old, new)
         exec(compile(source, "cell", "exec"), space)
-    return space["device"].type, str(space["precision"]), next(space["model"].parameters()).device.type, pretend.operations
+    return space["device"].type, str(space["precision"]), next(space["model"].parameters()).device.type, torch.get_float32_matmul_precision(), pretend.operations
 
 
 @pytest.mark.long
-def test_every_section_runs_on_another_device(tmp_path, monkeypatch):
+@pytest.mark.parametrize("precision", ["bfloat16", "float32"])
+def test_every_section_runs_on_another_device(tmp_path, monkeypatch, precision):
+    """With TF32's rounding of the factors in both, since sections 10 to 12 compute in float32 in any case."""
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    device, precision, place, operations = in_a_new_process(every_section, str(tmp_path))
-    assert device == place == "pretend" and precision == "torch.bfloat16" and operations > 50_000
+    device, used, place, products, operations = in_a_new_process(every_section, str(tmp_path), precision)
+    assert device == place == "pretend" and used == f"torch.{precision}" and products == "high" and operations > 50_000
+
+
+def cache_check(old, new):
+    """Section 11's check of the cache, as it stands or changed, on the model that ships, where TF32 rounds the factors."""
+    import pretend  # noqa: F401  (makes the device)
+    space, device = vars(load_library()), torch.device("pretend")
+    settings = space["make_settings"]("pretrained", checkpoint_dir=str(NOTEBOOK.parent / "checkpoints"))
+    merges, tokenizer = space["make_tokenizer"](settings, [])
+    config = space["make_config"](settings, tokenizer.n_vocab)
+    shipped = space["GPT"](config)
+    space["load_pretrained"](settings, shipped, merges)
+    model = space["GPT"](config).to(device).eval()
+    for p, weight in zip(model.parameters(), shipped.parameters()):
+        p.data.copy_(weight.data)
+    text = "def find(self, name):\n    for item in self.items:\n        if item.name == name:\n            return item\n    return None\n" * 12
+    space.update(model=model, tokenizer=tokenizer, config=config, device=device, demo_prompt="def is_prime(n):",
+                 validation_tokens=torch.tensor([tokenizer.eot_token] + tokenizer.encode_ordinary(text)))
+    source, = (source for source, tags in cells_of_sections(11, 11, without=()) if "check" in tags and "KeyValueCache" in source)
+    assert source.count(old) == 1
+    torch.set_float32_matmul_precision("high")
+    exec(source.replace(old, new), space)
+    return space["difference"], torch.get_float32_matmul_precision()
+
+
+def test_the_cache_is_checked_without_rounded_factors():
+    """With them its two ways differ by more than the check allows: it would stop the notebook on every card with TF32."""
+    difference, products = in_a_new_process(cache_check, "exact_products()", "exact_products()")
+    assert difference < 1e-5 and products == "high"
+    with pytest.raises(AssertionError):
+        in_a_new_process(cache_check, "exact_products()", "contextlib.nullcontext()")

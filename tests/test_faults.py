@@ -81,6 +81,18 @@ def test_a_killed_run_loses_a_few_seconds_at_most(library):
     assert library.train.__defaults__[-1] <= 10, "seconds between checkpoints of the main run"
 
 
+def test_a_save_that_takes_long_is_made_less_often(library):
+    """A large model's checkpoint takes seconds; every five seconds that would be half of the run."""
+    settings, model, optimizers, generator, history = make_run(library)
+    saved_at = []
+
+    def save():
+        saved_at.append(len(history["loss"]))
+        time.sleep(0.2)
+    library.train(model, optimizers, TOKENS, settings, history, generator, save=save, save_every=0.01, report=lambda h: time.sleep(0.03))
+    assert len(saved_at) == 1 and saved_at[0] < 4                # twelve steps take less than the four seconds that must pass now
+
+
 # 2. Atomic and durable
 
 KILL_LOOP = """
