@@ -306,6 +306,20 @@ def test_what_the_compiler_can_not_do_after_all_runs_as_it_is(monkeypatch, compi
     torch._dynamo.reset()
 
 
+def test_labs_do_not_compile_their_rehearsals(library, monkeypatch, tmp_path):
+    seen = []
+    monkeypatch.setattr(library, "dress_rehearsal", lambda settings, *arguments, **options: seen.append(settings.compile) or 1.0)
+    settings = library.make_settings("smoke", compile="yes", context_length=16, n_embd=16, windows="anywhere", checkpoint_dir=str(tmp_path))
+    _, history = library.experiment(settings, TOKENS, 0, 100, "stamp", CPU, torch.float32, lambda model: {})
+    assert seen == ["no"] and len(history["loss"]) == 8
+
+
+def test_a_compiled_model_is_blamed_by_its_own_names(library):
+    model = library.GPT(library.GPTConfig(50, 8, 1, 1, 8))
+    model.blocks[0].attention.projection.weight.data[0, 0] = math.nan
+    assert library.likely_cause(torch.compile(model), [], library.make_settings(), torch.float32) == "the parameter blocks.0.attention.projection.weight is no longer finite"
+
+
 def test_which_attention_the_compiler_recognises(library, compiler):
     """What section 14 says about it."""
     qkv = [torch.randn(2, 4, 64, 32) for _ in range(3)]

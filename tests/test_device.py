@@ -171,3 +171,20 @@ def test_the_cache_is_checked_without_rounded_factors():
     assert difference < 1e-5 and products == "high"
     with pytest.raises(AssertionError):
         in_a_new_process(cache_check, "exact_products()", "contextlib.nullcontext()")
+
+
+def kinds_of_attention_weights():
+    """The dtype of attention weights under autocast as CUDA has it: as the notebook writes softmax, and without its dtype."""
+    import pretend  # noqa: F401  (makes the device)
+    found = []
+    for replace in ([], [("torch.softmax(scores, -1, dtype=scores.dtype)", "torch.softmax(scores, -1)")]):
+        library = load_library(replace)
+        q, k = (torch.randn(2, 5, 8).to("pretend") for _ in range(2))
+        with torch.autocast("pretend", torch.bfloat16):
+            found.append(library.attention_weights(q, k).dtype)
+    return found
+
+
+def test_attention_weights_stay_in_half_precision():
+    """They are the largest thing that a step keeps; CUDA's autocast would raise them to float32."""
+    assert in_a_new_process(kinds_of_attention_weights) == [torch.bfloat16, torch.float32]
