@@ -1,17 +1,20 @@
-"""Timings: how fast the notebook's own `define` cells are, alone and against other people's code. No part of the test suite.
+"""Timings of the notebook's own `define` cells, alone and against other people's code. Not a test.
 
     python tests/benchmarks.py --rows 5,6,7 --json
 
-Rows: 1 to 4 train models (minutes to hours), 5 to 10 take seconds to minutes, `memory` runs sections 2 to 4 on large texts,
-`compile` takes training steps with and without torch.compile, and `gpu` does so on a CUDA card, against nanoGPT at two of its own settings.
-A peer is compared with where its path is given (--nanogpt, --minbpe: checkouts of the public repositories) or where it is
-installed (transformers, tokenizers). Rows 1 to 3 need Tiny Shakespeare as a file (--shakespeare). Each measurement that is
-compared runs in a process of its own, the two sides in turn.
+Rows: 1 to 4 train models (minutes to hours), 5 to 10 take seconds to minutes, `memory` runs
+sections 2 to 4 on large texts, `compile` takes training steps with and without torch.compile, and
+`gpu` does so on a CUDA card, against nanoGPT at two of its own settings. A peer is compared with
+where its path is given (--nanogpt, --minbpe: checkouts of the public repositories) or where it is
+installed (transformers, tokenizers). Rows 1 to 3 need Tiny Shakespeare as a file (--shakespeare).
+Each measurement that is compared runs in a process of its own, the two sides in turn.
 """
 import argparse
 import contextlib
 import dataclasses
+import functools
 import importlib.util
+import io
 import json
 import os
 import pathlib
@@ -29,56 +32,118 @@ import torch
 
 from conftest import NOTEBOOK, load_library
 
-MODERN = dict(n_layer=4, vocab_size=257, windows="anywhere", accumulation_steps=1)        # 256 bytes and the end of text: characters
-SHAKESPEARE = {  # settings of rows 1 to 3, on the laptop preset; max_steps is what fits into the time
+CPU = torch.device("cpu")
+MODERN = dict(n_layer=4, vocab_size=257, windows="anywhere", accumulation_steps=1)  # bytes
+SHAKESPEARE = {  # rows 1 to 3, on top of the laptop preset; max_steps is what fits into the time
     1: dict(MODERN, n_embd=128, n_head=2, context_length=256, batch_size=8),
     2: dict(MODERN, n_embd=128, n_head=2, context_length=64, batch_size=16),
     3: dict(MODERN, n_embd=256, n_head=4, context_length=256, batch_size=8),
 }
-LIKE_NANOGPT = dict(activation="gelu", warmup_steps=100)       # where nanoGPT differs from the notebook's CLASSIC
-NANOGPT_CPU = ("--device=cpu --compile=False --eval_iters=20 --log_interval=1 --block_size=64 --batch_size=12 --n_layer=4 --n_head=4 "
-               "--n_embd=128 --max_iters=2000 --lr_decay_iters=2000 --dropout=0.0").split()       # its README's command for a CPU
+LIKE_NANOGPT = dict(activation="gelu", warmup_steps=100)  # where it differs from CLASSIC
+NANOGPT_CPU = (  # its README's command for a CPU
+    "--device=cpu --compile=False --eval_iters=20 --log_interval=1 --block_size=64 --batch_size=12 "
+    "--n_layer=4 --n_head=4 --n_embd=128 --max_iters=2000 --lr_decay_iters=2000 --dropout=0.0")
+NANOGPT_A100 = 1.4697  # nats per character that its README gives for its GPU recipe
+STEP_SHAPES = {  # width, heads, layers, context, batch, vocabulary, dropout
+    "nanoGPT's CPU recipe": (128, 4, 4, 64, 12, 65, 0.0),
+    "laptop preset": (192, 3, 4, 256, 8, 2048, 0.0),
+    "width 256": (256, 4, 4, 256, 8, 2048, 0.0),
+}
+GPU_SHAPES = {  # nanoGPT's config files for its GPT-2 and for Tiny Shakespeare
+    "GPT-2 124M": (768, 12, 12, 1024, 12, 50304, 0.0),
+    "nanoGPT's Shakespeare 10.65M": (384, 6, 6, 256, 64, 65, 0.2),
+}
+SHAPES = STEP_SHAPES | GPU_SHAPES
 
 
-# Processes of their own
+# What the rows have in common
 
 def in_process(task, **arguments):
-    """Runs the function of that name in a new Python process; returns its result (plain values)."""
-    program = f"import sys, json; sys.path.insert(0, {str(pathlib.Path(__file__).parent)!r}); import benchmarks; " \
-              f"print(chr(30) + json.dumps(benchmarks.{task}(**json.loads(sys.argv[1]))))"
-    environment = {**os.environ, "MPLBACKEND": "agg", "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run([sys.executable, "-c", program, json.dumps(arguments)], capture_output=True, text=True, env=environment)
+    """The result (plain values) of the function of that name, run in a new Python process."""
+    program = (f"import sys, json; sys.path.insert(0, {str(pathlib.Path(__file__).parent)!r}); "
+               f"import benchmarks; result = benchmarks.{task}(**json.loads(sys.argv[1])); "
+               f"print(chr(30) + json.dumps(result))")  # a sign that JSON writes out otherwise
+    done = subprocess.run([sys.executable, "-c", program, json.dumps(arguments)], text=True,
+                          capture_output=True,
+                          env={**os.environ, "MPLBACKEND": "agg", "HF_HUB_OFFLINE": "1"})
     if done.returncode:
         raise SystemExit(f"{task} failed:\n{done.stderr[-2000:]}")
-    return json.loads(done.stdout[done.stdout.rindex(chr(30)) + 1:])          # a sign that JSON writes out otherwise
+    return json.loads(done.stdout[done.stdout.rindex(chr(30)) + 1:])
+
+
+def in_turn(options, ours, theirs=None):
+    """Runs ours, and theirs if there is one, options.seeds times each: two lists."""
+    results = [], []
+    for _ in range(options.seeds):
+        for side, run in zip(results, (ours, theirs)):
+            if run:
+                side.append(run())
+    return results
+
+
+def spread(values):
+    return [round(min(values), 4), round(max(values), 4)] if values else None
+
+
+def row(number, what, unit, values, peers=(), **more):
+    """What is printed of a row: medians, their ratio, and the extremes."""
+    value, peer = statistics.median(values), statistics.median(peers) if peers else None
+    return dict(row=number, what=what, unit=unit, value=value, peer=peer,
+                ratio=value / peer if peer else None, spread=spread(values),
+                peer_spread=spread(peers), **more)
 
 
 def prepared_library():
-    library = load_library()
-    library.keep_freed_memory()
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = False
-    return library
-
-
-def best_precision(library, settings):
-    """The precision that section 1 of the notebook would choose, and the measured rates."""
-    rates = {dtype: library.matmul_rate(dtype, torch.device("cpu")) for dtype in (torch.float32, torch.bfloat16)}
-    if settings.precision != "auto":
-        return getattr(torch, settings.precision), rates
-    return (torch.bfloat16 if rates[torch.bfloat16] > 1.3 * rates[torch.float32] else torch.float32), rates
+    return load_library()
 
 
 def train_for(library, seconds, settings, tokens, precision, starts=None):
-    """Trains a new model for about so many seconds: the steps that fit, by ten steps on a throw-away copy. → model, seconds, steps."""
+    """A new model, trained for about so many seconds: by the steps of a timing run.
+
+    → model, seconds, steps.
+    """
     config = library.make_config(settings, settings.vocab_size)
-    step_seconds = library.dress_rehearsal(settings, config, tokens, torch.device("cpu"), precision, steps=40)
-    settings = dataclasses.replace(settings, max_steps=max(1, int(0.92 * seconds / step_seconds)))      # 8% in reserve for slower moments
+    step = library.timing_run(settings, config, tokens, CPU, precision, steps=40)
+    steps = max(1, int(0.92 * seconds / step))  # 8% in reserve for slower moments
+    settings = dataclasses.replace(settings, max_steps=steps)
     torch.manual_seed(settings.seed)
     model = library.GPT(config)
-    optimizers, generator = library.make_optimizers(model, settings, precision), torch.Generator().manual_seed(settings.seed)
-    history = library.train(model, optimizers, tokens, settings, library.new_history(), generator, precision, starts=starts)
-    return model, history["seconds"], settings.max_steps
+    optimizers = library.make_optimizers(model, settings, precision)
+    history = library.train(model, optimizers, tokens, settings, library.new_history(),
+                            torch.Generator().manual_seed(settings.seed), precision, starts)
+    return model, history["seconds"], steps
+
+
+def code_cells(stop, changes):
+    """Sources of the code cells before the markdown cell that begins with `stop`."""
+    sources = []
+    for cell in json.loads(NOTEBOOK.read_text(encoding="utf-8"))["cells"]:
+        source = "".join(cell["source"])
+        if cell["cell_type"] == "markdown" and source.startswith(stop):
+            return sources
+        if cell["cell_type"] == "code":
+            if "parameters" in cell["metadata"].get("tags", []):
+                source = f'preset = "laptop"\nchanges = {changes!r}'
+            sources.append(source)
+    raise AssertionError(f"no markdown cell begins with {stop!r}")
+
+
+def execute_cells(sources, space):
+    """Runs cells in a namespace, in silence."""
+    from matplotlib import pyplot
+    with contextlib.redirect_stdout(io.StringIO()):
+        for source in sources:
+            exec(compile(source, "cell", "exec"), space)
+            pyplot.close("all")
+    return space
+
+
+def preprocessed(folder, changes={}):
+    """The namespace of the notebook after its sections 0 to 4, run in a folder."""
+    os.chdir(folder)
+    return execute_cells(code_cells("## 5 ", changes), {"__name__": "benchmark"})
 
 
 # Rows 1 to 3: Tiny Shakespeare
@@ -91,34 +156,38 @@ def shakespeare_tokens(path):
 
 
 def whole_losses(library, model, tokens, precision):
-    """Nats per character over the whole text: in windows side by side, and with half a window before each character."""
-    length = model.config.context_length
-    return {"side_by_side": float(library.token_losses(model, tokens, precision, stride=length).mean()),
-            "half_overlap": float(library.token_losses(model, tokens, precision).mean())}
+    """Nats per character of the whole text: windows side by side, and with half a window before."""
+    losses = functools.partial(library.per_token_losses, model, tokens, precision)
+    return {"side_by_side": float(losses(stride=model.config.context_length).mean()),
+            "half_overlap": float(losses().mean())}
 
 
 def our_shakespeare(path, row, seconds, seed, precision):
     library = prepared_library()
     training, validation = shakespeare_tokens(path)
     settings = library.make_settings("laptop", seed=seed, precision=precision, **SHAKESPEARE[row])
-    precision, _ = best_precision(library, settings)
+    precision, _ = library.choose_precision(settings, CPU)
     model, taken, steps = train_for(library, seconds, settings, training, precision)
-    return {"seconds": taken, "steps": steps, "precision": str(precision)[6:], **whole_losses(library, model, validation, precision)}
+    return {"seconds": taken, "steps": steps, "precision": str(precision)[6:],
+            **whole_losses(library, model, validation, precision)}
 
 
 def nanogpt_shakespeare(path, nanogpt, seed):
-    """nanoGPT's CPU recipe as published, but for the seed. Seconds from its first measurement to its end."""
+    """nanoGPT's CPU recipe, but for the seed. Seconds from its first measurement to its end."""
     with tempfile.TemporaryDirectory() as folder:
         copy = pathlib.Path(folder, "nanoGPT")
         shutil.copytree(nanogpt, copy, ignore=shutil.ignore_patterns(".git"))
-        shutil.copyfile(path, copy / "data/shakespeare_char/input.txt")
-        subprocess.run([sys.executable, "prepare.py"], cwd=copy / "data/shakespeare_char", check=True, capture_output=True)
+        data = copy / "data/shakespeare_char"
+        shutil.copyfile(path, data / "input.txt")
+        subprocess.run([sys.executable, "prepare.py"], cwd=data, check=True, capture_output=True)
         source = (copy / "train.py").read_text()
         assert source.count("manual_seed(1337 ") == 1
         (copy / "train.py").write_text(source.replace("manual_seed(1337 ", f"manual_seed({seed} "))
-        command = [sys.executable, "-u", "train.py", "config/train_shakespeare_char.py", *NANOGPT_CPU]
+        command = [sys.executable, "-u", "train.py", "config/train_shakespeare_char.py",
+                   *NANOGPT_CPU.split()]
         start = None
-        with subprocess.Popen(command, cwd=copy, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+        with subprocess.Popen(command, cwd=copy, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                              text=True) as process:
             for line in process.stdout:
                 if start is None and line.startswith("using fused"):
                     start = time.perf_counter()
@@ -134,231 +203,198 @@ def nanogpt_shakespeare(path, nanogpt, seed):
     lookup[[ord(character) for character in characters]] = torch.arange(len(characters))
     library, (_, validation) = load_library(), shakespeare_tokens(path)
 
-    class Adapter(torch.nn.Module):             # so that the same function scores both
-        config = library.GPTConfig(vocab_size=len(characters), context_length=64, n_layer=4, n_head=4, n_embd=128)
+    class Adapter(torch.nn.Module):  # so that the same function scores both
+        config = library.GPTConfig(len(characters), 64, 4, 4, 128)
+
         def __init__(self):
             super().__init__()
             self.network = network
-        def forward(self, tokens, targets=None):
+
+        def forward(self, tokens):
             tokens = tokens.contiguous()
             return self.network(tokens, tokens)[0], None
-    return {"seconds": seconds, **whole_losses(library, Adapter().eval(), lookup[validation], torch.float32)}
+
+    scores = whole_losses(library, Adapter().eval(), lookup[validation], torch.float32)
+    return {"seconds": seconds, **scores}
 
 
-def spread(values):
-    return [round(min(values), 4), round(max(values), 4)]
-
-
-def row_1_to_3(options, rows):
+def rows_1_to_3(options):
     if not options.shakespeare:
         raise SystemExit("rows 1 to 3 need --shakespeare, the path of Tiny Shakespeare's text")
-    seeds = range(1, options.seeds + 1)
-    ours, theirs, shares = [], [], []
-    if {1, 2} & set(rows):
-        for seed in seeds:
-            peer = in_process("nanogpt_shakespeare", path=options.shakespeare, nanogpt=options.nanogpt, seed=seed) if options.nanogpt else None
-            budget = peer["seconds"] if peer else options.seconds
-            theirs.append(peer)
-            if 1 in rows:
-                ours.append(in_process("our_shakespeare", path=options.shakespeare, row=1, seconds=budget, seed=seed, precision=options.precision))
-            if 2 in rows and peer:
-                for share in (1 / 16, 1 / 12, 1 / 8, 1 / 6, 1 / 4, 1 / 2, 1):
-                    trial = in_process("our_shakespeare", path=options.shakespeare, row=2, seconds=budget * share, seed=seed,
-                                       precision=options.precision)
-                    if trial["side_by_side"] <= peer["side_by_side"]:
-                        shares.append(trial["seconds"] / peer["seconds"])
-                        break
-        peers = [t for t in theirs if t]
-        peer_loss = statistics.median(t["side_by_side"] for t in peers) if peers else None
-        if 1 in rows:
-            values = [run["side_by_side"] for run in ours]
-            yield dict(row=1, what="Tiny Shakespeare in the time of nanoGPT's CPU recipe, whole validation set", unit="nats per character",
-                       value=statistics.median(values), peer=peer_loss, spread=spread(values), seconds=[round(run["seconds"], 1) for run in ours],
-                       peer_seconds=[round(t["seconds"], 1) for t in peers], steps=[run["steps"] for run in ours], precision=ours[0]["precision"],
-                       half_overlap=statistics.median(run["half_overlap"] for run in ours),
-                       peer_half_overlap=statistics.median(t["half_overlap"] for t in peers) if peers else None)
-        if 2 in rows and shares:
-            yield dict(row=2, what="time to nanoGPT's final loss, as a share of its time", unit="share", value=statistics.median(shares),
-                       peer=1.0, ratio=statistics.median(shares), spread=spread(shares), precision=trial["precision"])
-    if 3 in rows:
-        runs = [in_process("our_shakespeare", path=options.shakespeare, row=3, seconds=options.minutes * 60, seed=seed, precision=options.precision)
-                for seed in seeds]
-        values = [run["side_by_side"] for run in runs]
-        yield dict(row=3, what=f"Tiny Shakespeare in {options.minutes:g} minutes, whole validation set", unit="nats per character",
-                   value=statistics.median(values), peer=1.4697, spread=spread(values), steps=[run["steps"] for run in runs], precision=runs[0]["precision"],
-                   half_overlap=statistics.median(run["half_overlap"] for run in runs), seconds=[round(run["seconds"], 1) for run in runs])
+
+    def ours(row, seconds, seed):
+        return in_process("our_shakespeare", path=options.shakespeare, row=row, seconds=seconds,
+                          seed=seed, precision=options.precision)
+
+    runs, peers, fractions = {1: [], 3: []}, [], []
+    for seed in range(1, options.seeds + 1):
+        seconds = options.seconds
+        if options.nanogpt and {1, 2} & set(options.rows):
+            peers.append(in_process("nanogpt_shakespeare", path=options.shakespeare,
+                                    nanogpt=options.nanogpt, seed=seed))
+            seconds = peers[-1]["seconds"]
+        if 1 in options.rows:
+            runs[1].append(ours(1, seconds, seed))
+        for fraction in (1/16, 1/12, 1/8, 1/6, 1/4, 1/2, 1) if 2 in options.rows and peers else ():
+            trial = ours(2, seconds * fraction, seed)
+            if trial["side_by_side"] <= peers[-1]["side_by_side"]:
+                fractions.append(trial["seconds"] / seconds)
+                break
+        if 3 in options.rows:
+            runs[3].append(ours(3, options.minutes * 60, seed))
+
+    def losses(number, what, peers, **more):
+        taken = runs[number]
+        overlap = statistics.median(run["half_overlap"] for run in taken)
+        return row(number, f"Tiny Shakespeare in {what}, whole validation set",
+                   "nats per character", [run["side_by_side"] for run in taken], peers,
+                   seconds=[round(run["seconds"], 1) for run in taken], half_overlap=overlap,
+                   steps=[run["steps"] for run in taken], precision=taken[0]["precision"], **more)
+
+    if runs[1]:
+        yield losses(1, "the time of nanoGPT's CPU recipe", [p["side_by_side"] for p in peers],
+                     peer_seconds=[round(p["seconds"], 1) for p in peers],
+                     peer_half_overlap=[round(p["half_overlap"], 4) for p in peers])
+    if fractions:
+        yield row(2, "time to nanoGPT's final loss, over its time", "fraction", fractions, [1.0],
+                  precision=trial["precision"])
+    if runs[3]:
+        yield losses(3, f"{options.minutes:g} minutes", [NANOGPT_A100])
 
 
-# Row 4: the laptop preset against nanoGPT's recipe in the same settings
-
-def code_cells(stop, changes):
-    """Sources of the code cells before the markdown cell that begins with `stop`, with the parameters cell replaced."""
-    sources = []
-    for cell in json.loads(NOTEBOOK.read_text(encoding="utf-8"))["cells"]:
-        source = "".join(cell["source"])
-        if cell["cell_type"] == "markdown" and source.startswith(stop):
-            return sources
-        if cell["cell_type"] == "code":
-            if "parameters" in cell["metadata"].get("tags", []):
-                source = f'preset = "laptop"\nchanges = {changes!r}'
-            sources.append(source)
-    raise AssertionError(f"no markdown cell begins with {stop!r}")
-
-
-def execute_cells(sources):
-    import builtins
-    from matplotlib import pyplot
-    builtins.display = lambda *things: None
-    space = {"__name__": "benchmark"}
-    for source in sources:
-        exec(compile(source, "cell", "exec"), space)
-        pyplot.close("all")
-    return space
-
+# Row 4: the laptop preset against GPT-2's parts
 
 def python_run(folder, seed, changes, seconds=None, precision="auto"):
-    """Trains on the python corpus: the laptop preset whole, or for so many seconds. Bits per byte of the whole validation set."""
-    os.chdir(folder)
-    import contextlib
-    with contextlib.redirect_stdout(None):
-        space = execute_cells(code_cells("## 5 ", {}))
-    library = prepared_library()
+    """Trains on the python corpus: the laptop preset whole, or for so many seconds."""
+    space, library = preprocessed(folder), prepared_library()
     settings = library.make_settings("laptop", **{"seed": seed, "precision": precision, **changes})
-    precision, _ = best_precision(library, settings)
-    starts = library.window_starts(space["train_tokens"], space["tokenizer"].eot_token, settings.context_length) if settings.windows == "documents" else None
+    precision, _ = library.choose_precision(settings, CPU)
+    tokens, end, starts = space["train_tokens"], space["tokenizer"].eot_token, None
+    if settings.windows == "documents":
+        starts = library.window_starts(tokens, end, settings.context_length)
     if seconds is None:
         config = library.make_config(settings, settings.vocab_size)
-        seconds = settings.max_steps * library.dress_rehearsal(settings, config, space["train_tokens"], torch.device("cpu"), precision)
-    model, taken, steps = train_for(library, seconds, settings, space["train_tokens"], precision, starts)
-    scores = library.evaluate(model, space["validation_tokens"], space["text_bytes"]["validation"], precision)
-    return {"seconds": taken, "steps": steps, "bits_per_byte": scores["bits_per_byte"], "precision": str(precision)[6:]}
+        step = library.timing_run(settings, config, tokens, CPU, precision)
+        seconds = settings.max_steps * step
+    model, taken, steps = train_for(library, seconds, settings, tokens, precision, starts)
+    scores = library.evaluate(model, space["validation_tokens"], space["text_bytes"]["validation"],
+                              precision)
+    return {"seconds": taken, "steps": steps, "bits_per_byte": scores["bits_per_byte"],
+            "precision": str(precision)[6:]}
 
 
 def row_4(options):
+    ours, classic = [], []
     with tempfile.TemporaryDirectory() as folder:
-        ours, classic = [], []
         for seed in range(1, options.seeds + 1):
-            ours.append(in_process("python_run", folder=folder, seed=seed, changes={}, precision=options.precision))
-            classic.append(in_process("python_run", folder=folder, seed=seed, changes={**load_library().CLASSIC, **LIKE_NANOGPT}, seconds=ours[-1]["seconds"]))
-    values, peers = ([run["bits_per_byte"] for run in runs] for runs in (ours, classic))
-    yield dict(row=4, what="python corpus, laptop preset, against GPT-2's parts with AdamW in float32 at equal time", unit="bits per byte",
-               value=statistics.median(values), peer=statistics.median(peers), ratio=statistics.median(values) / statistics.median(peers),
-               spread=spread(values), peer_spread=spread(peers), seconds=[round(run["seconds"]) for run in ours],
-               peer_seconds=[round(run["seconds"]) for run in classic], steps=[run["steps"] for run in ours],
-               peer_steps=[run["steps"] for run in classic], precision=ours[0]["precision"])
+            run = functools.partial(in_process, "python_run", folder=folder, seed=seed)
+            ours.append(run(changes={}, precision=options.precision))
+            classic.append(run(changes={**load_library().CLASSIC, **LIKE_NANOGPT},
+                               seconds=ours[-1]["seconds"]))
+    yield row(4, "python corpus, laptop preset, against GPT-2's parts with AdamW in float32 at "
+              "equal time", "bits per byte", *([run["bits_per_byte"] for run in runs]
+                                               for runs in (ours, classic)),
+              seconds=[round(run["seconds"]) for run in ours], steps=[r["steps"] for r in ours],
+              peer_seconds=[round(run["seconds"]) for run in classic],
+              peer_steps=[run["steps"] for run in classic], precision=ours[0]["precision"])
 
 
-# Rows 5 and 6: a training step
+# Rows 5, 6, compile and gpu: a training step
 
-STEP_SHAPES = {  # width, heads, layers, context, batch, vocabulary
-    "nanoGPT's CPU recipe": (128, 4, 4, 64, 12, 65),
-    "laptop preset": (192, 3, 4, 256, 8, 2048),
-    "width 256": (256, 4, 4, 256, 8, 2048),
-}
-GPU_SHAPES = {  # the same and dropout: the settings of nanoGPT's config files for its GPT-2 and for Tiny Shakespeare
-    "GPT-2 124M": (768, 12, 12, 1024, 12, 50304, 0.0),
-    "nanoGPT's Shakespeare 10.65M": (384, 6, 6, 256, 64, 65, 0.2),
-}
-
-
-def synchronise(device):
-    if device == "cuda":
-        torch.cuda.synchronize()
-
-
-def most_bytes(device):
-    return torch.cuda.max_memory_allocated() if device == "cuda" else None
+def timed_steps(step, steps, device):
+    """Median seconds of a step, and the most bytes in use on CUDA."""
+    times = []
+    for i in range(steps):
+        start = time.perf_counter()
+        step(i)
+        if device == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    most = torch.cuda.max_memory_allocated() if device == "cuda" else None
+    return dict(seconds=statistics.median(times[3:]), bytes=most)
 
 
 def our_step(shape, steps=25, device="cpu", precision="float32", compile="no", classic=True):
-    """Median seconds of a step, and the most bytes in use on CUDA; GPT-2's parts (but exact GELU, as nanoGPT's) with AdamW, or the preset's."""
-    width, heads, layers, context, batch, vocabulary, *dropout = (STEP_SHAPES | GPU_SHAPES)[shape]
-    library = prepared_library()
-    parts = {**library.CLASSIC, **LIKE_NANOGPT} if classic else {}
-    settings = library.make_settings("laptop", **{**parts, "n_embd": width, "n_head": heads, "n_layer": layers, "context_length": context,
-                                                  "batch_size": batch, "accumulation_steps": 1, "compile": compile, "dropout": (*dropout, 0.0)[0]})
-    precision = getattr(torch, precision)
-    model = library.GPT(dataclasses.replace(library.make_config(settings, 257), vocab_size=vocabulary)).to(device)
-    optimizers, generator = library.make_optimizers(model, settings, precision), torch.Generator().manual_seed(0)
-    model, tokens = library.for_training(model, torch.randint(vocabulary, (100_000,)), settings)
-    times = []
-    for step in range(steps):
-        start = time.perf_counter()
-        library.training_step(model, optimizers, tokens, settings, step, generator, precision)
-        synchronise(device)
-        times.append(time.perf_counter() - start)
-    return dict(seconds=statistics.median(times[3:]), bytes=most_bytes(device))
+    """With GPT-2's parts (but exact GELU, as nanoGPT's) and AdamW, or with the preset's."""
+    width, heads, layers, context, batch, vocabulary, dropout = SHAPES[shape]
+    library, precision = prepared_library(), getattr(torch, precision)
+    settings = library.make_settings("laptop", **{
+        **({**library.CLASSIC, **LIKE_NANOGPT} if classic else {}), "n_embd": width,
+        "n_head": heads, "n_layer": layers, "context_length": context, "batch_size": batch,
+        "accumulation_steps": 1, "compile": compile, "dropout": dropout})
+    model = library.GPT(library.make_config(settings, vocabulary)).to(device)
+    optimizers = library.make_optimizers(model, settings, precision)
+    model, tokens = library.compiled(model, settings), torch.randint(vocabulary, (100_000,))
+    assert hasattr(model, "_orig_mod") == (compile == "yes"), "torch.compile does not work here"
+    generator = torch.Generator().manual_seed(0)
+    return timed_steps(lambda i: library.training_step(
+        model, optimizers, tokens, settings, i, generator, precision), steps, device)
 
 
 def nanogpt_step(shape, nanogpt, steps=25, device="cpu", precision="float32", compile="no"):
     """The same with nanoGPT's model and optimiser, in the order of its train.py."""
     sys.path.insert(0, nanogpt)
     import model as peer
-    width, heads, layers, context, batch, vocabulary, *dropout = (STEP_SHAPES | GPU_SHAPES)[shape]
-    network = peer.GPT(peer.GPTConfig(block_size=context, vocab_size=vocabulary, n_layer=layers, n_head=heads, n_embd=width,
-                                      dropout=(*dropout, 0.0)[0], bias=True)).to(device)
+    width, heads, layers, context, batch, vocabulary, dropout = SHAPES[shape]
+    network = peer.GPT(peer.GPTConfig(context, vocabulary, layers, heads, width, dropout)).to(device)
     optimizer = network.configure_optimizers(0.1, 1e-3, (0.9, 0.95), device)
     network = torch.compile(network) if compile == "yes" else network
-    halved = contextlib.nullcontext() if precision == "float32" else torch.autocast(device, getattr(torch, precision))
-    tokens, times = torch.randint(vocabulary, (100_000,)), []
-    for step in range(steps):
-        start = time.perf_counter()
+    half = (contextlib.nullcontext() if precision == "float32" else
+            torch.autocast(device, getattr(torch, precision)))
+    tokens = torch.randint(vocabulary, (100_000,))
+
+    def step(i):
         first = torch.randint(len(tokens) - context, (batch,))
-        inputs, targets = (torch.stack([tokens[i + d:i + d + context] for i in first]) for d in (0, 1))
+        pair = [torch.stack([tokens[at + d:at + d + context] for at in first]) for d in (0, 1)]
         if device == "cuda":
-            inputs, targets = inputs.pin_memory(), targets.pin_memory()
-        inputs, targets = inputs.to(device, non_blocking=True), targets.to(device, non_blocking=True)
-        with halved:
-            loss = network(inputs, targets)[1]
+            pair = [part.pin_memory().to(device, non_blocking=True) for part in pair]
+        with half:
+            loss = network(*pair)[1]
         loss.backward()
         torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         loss.item()
-        synchronise(device)
-        times.append(time.perf_counter() - start)
-    return dict(seconds=statistics.median(times[3:]), bytes=most_bytes(device))
+
+    return timed_steps(step, steps, device)
 
 
 def row_5(options):
-    for shape, (width, heads, layers, context, batch, vocabulary) in STEP_SHAPES.items():
-        ours, theirs = [], []
-        for _ in range(options.seeds):
-            ours.append(batch * context / in_process("our_step", shape=shape)["seconds"])
-            if options.nanogpt:
-                theirs.append(batch * context / in_process("nanogpt_step", shape=shape, nanogpt=options.nanogpt)["seconds"])
-        value, peer = statistics.median(ours), statistics.median(theirs) if theirs else None
-        yield dict(row=5, what=f"training step, GPT-2's parts in float32, {shape} {layers}×{width}, {batch}×{context} tokens", unit="tokens/s",
-                   value=value, peer=peer, ratio=value / peer if peer else None, spread=spread(ours), peer_spread=spread(theirs) if theirs else None)
+    for shape, (width, _, layers, context, batch, *_) in STEP_SHAPES.items():
+        rate = lambda task, **more: lambda: (
+            batch * context / in_process(task, shape=shape, **more)["seconds"])
+        yield row(5, f"training step, GPT-2's parts in float32, {shape} {layers}×{width}, "
+                  f"{batch}×{context} tokens", "tokens/s", *in_turn(
+                      options, rate("our_step"), options.nanogpt and rate(
+                          "nanogpt_step", nanogpt=options.nanogpt)))
 
 
-def laptop_share(precision):
-    """Share of the matrix-product rate, measured before and after, that a step of the laptop preset reaches (6 · N FLOPs a token)."""
+def laptop_fraction(precision):
+    """Fraction of the matrix-product rate, measured before and after, that a step reaches."""
     library = prepared_library()
     settings = library.make_settings("laptop", precision=precision)
-    precision, before = best_precision(library, settings)
+    precision, before = library.choose_precision(settings, CPU)
     config = library.make_config(settings, settings.vocab_size)
     tokens = torch.randint(settings.vocab_size, (100_000,))
-    seconds = library.dress_rehearsal(settings, config, tokens, torch.device("cpu"), precision, steps=30)
-    rate = max(before[precision], library.matmul_rate(precision, torch.device("cpu")))
-    tokens_per_step = settings.batch_size * settings.accumulation_steps * settings.context_length
-    return {"share": 6 * library.matrix_parameters(config) * tokens_per_step / seconds / 1e9 / rate, "rate": rate, "seconds": seconds,
+    seconds = library.timing_run(settings, config, tokens, CPU, precision, steps=30)
+    rate = max(before[precision], library.matmul_rate(precision, CPU))
+    count = settings.batch_size * settings.accumulation_steps * settings.context_length
+    flops = 6 * library.matrix_parameters(config) * count
+    return {"fraction": flops / seconds / 1e9 / rate, "rate": rate, "seconds": seconds,
             "precision": str(precision)[6:]}
 
 
 def row_6(options):
-    runs = [in_process("laptop_share", precision=options.precision) for _ in range(options.seeds)]
-    values = [run["share"] for run in runs]
-    yield dict(row=6, what="share of the matrix-product rate that a laptop training step reaches", unit="share", value=statistics.median(values),
-               peer=None, ratio=None, spread=spread(values), precision=runs[0]["precision"],
-               matrix_rate=[round(run["rate"]) for run in runs], step_milliseconds=[round(1000 * run["seconds"], 1) for run in runs])
+    runs, _ = in_turn(options, lambda: in_process("laptop_fraction", precision=options.precision))
+    yield row(6, "fraction of the matrix-product rate that a laptop training step reaches",
+              "fraction", [run["fraction"] for run in runs], precision=runs[0]["precision"],
+              matrix_rate=[round(run["rate"]) for run in runs],
+              step_milliseconds=[round(1000 * run["seconds"], 1) for run in runs])
 
 
-# With and without torch.compile, and on a GPU
-
-def kept_for_backward(compile, shape="laptop preset"):
-    """Bytes that a forward pass in float32 with GPT-2's parts keeps for the backward pass, on the CPU: the notebook's own count."""
-    width, heads, layers, context, batch, vocabulary = STEP_SHAPES[shape]
+def kept_for_backward(compile):
+    """Bytes that a forward pass of the laptop preset's shape keeps for the backward pass."""
+    width, heads, layers, context, batch, vocabulary, _ = SHAPES["laptop preset"]
     library = prepared_library()
     plain = library.GPT
     library.GPT = (lambda config: torch.compile(plain(config))) if compile == "yes" else plain
@@ -366,232 +402,211 @@ def kept_for_backward(compile, shape="laptop preset"):
 
 
 def row_compile(options):
-    """Steps of the laptop preset in its own precision, with and without the compiler, in turn; and what each keeps in memory."""
-    width, heads, layers, context, batch, vocabulary = STEP_SHAPES["laptop preset"]
-    precision = options.precision
-    if precision == "auto":
-        precision = str(best_precision(load_library(), load_library().make_settings("laptop"))[0])[6:]
-    rates, kept = {}, {choice: in_process("kept_for_backward", compile=choice) for choice in ("no", "yes")}
-    for _ in range(options.seeds):
-        for choice in ("no", "yes"):
-            run = in_process("our_step", shape="laptop preset", precision=precision, compile=choice, classic=False)
-            rates.setdefault(choice, []).append(batch * context / run["seconds"])
-    value, peer = statistics.median(rates["yes"]), statistics.median(rates["no"])
-    yield dict(row="compile", what=f"training step of the laptop preset, compiled against plain, {precision}", unit="tokens/s", value=value, peer=peer,
-               ratio=value / peer, spread=spread(rates["yes"]), peer_spread=spread(rates["no"]))
-    yield dict(row="compile", what="kept for the backward pass, GPT-2's parts at the laptop preset's shape, compiled against plain, float32", unit="MB",
-               value=kept["yes"] / 1e6, peer=kept["no"] / 1e6, ratio=kept["yes"] / kept["no"], spread=None)
+    library, (_, _, _, context, batch, *_) = load_library(), SHAPES["laptop preset"]
+    settings = library.make_settings("laptop", precision=options.precision)
+    precision = str(library.choose_precision(settings, CPU)[0])[6:]
+    rate = lambda choice: lambda: batch * context / in_process(
+        "our_step", shape="laptop preset", precision=precision, compile=choice, classic=False)[
+            "seconds"]
+    yield row("compile", f"training step of the laptop preset, compiled against plain, {precision}",
+              "tokens/s", *in_turn(options, rate("yes"), rate("no")))
+    yield row("compile", "kept for the backward pass, GPT-2's parts at the laptop preset's shape, "
+              "compiled against plain, float32", "MB", *(
+                  [in_process("kept_for_backward", compile=choice) / 1e6]
+                  for choice in ("yes", "no")))
 
 
 def row_gpu(options):
-    """Ours against nanoGPT at the settings of its config files, bfloat16, on CUDA; ours with and without the compiler."""
     if not torch.cuda.is_available():
         raise SystemExit("the row gpu needs a CUDA GPU, and PyTorch sees none here")
     library = load_library()
     rate = library.matmul_rate(torch.bfloat16, torch.device("cuda")) * 1e9
     for shape, (width, heads, layers, context, batch, vocabulary, _) in GPU_SHAPES.items():
-        config = library.GPTConfig(vocabulary, context, layers, heads, width)
-        runs = {}
+        flops = library.flops_per_token(
+            library.GPTConfig(vocabulary, context, layers, heads, width), context)
+        common, runs = dict(shape=shape, device="cuda", precision="bfloat16"), {}
+        tasks = {"compiled": ("our_step", dict(compile="yes")), "plain": ("our_step", {})}
+        if options.nanogpt:
+            tasks["nanoGPT"] = "nanogpt_step", dict(compile="yes", nanogpt=options.nanogpt)
         for _ in range(options.seeds):
-            common = dict(shape=shape, device="cuda", precision="bfloat16")
-            runs.setdefault("plain", []).append(in_process("our_step", **common))
-            runs.setdefault("compiled", []).append(in_process("our_step", **common, compile="yes"))
-            if options.nanogpt:
-                runs.setdefault("nanoGPT", []).append(in_process("nanogpt_step", **common, compile="yes", nanogpt=options.nanogpt))
-        speed = {name: statistics.median(batch * context / run["seconds"] for run in taken) for name, taken in runs.items()}
-        used = {name: round(speed[name] * library.flops_per_token(config, context) / rate, 3) for name in speed}
-        peer = speed.get("nanoGPT")
-        yield dict(row="gpu", what=f"training step, {shape}, bfloat16, compiled", unit="tokens/s", value=speed["compiled"], peer=peer,
-                   ratio=speed["compiled"] / peer if peer else None, spread=spread([batch * context / run["seconds"] for run in runs["compiled"]]),
-                   plain=speed["plain"], utilisation=used, gigabytes={name: round(taken[0]["bytes"] / 1e9, 2) for name, taken in runs.items()},
-                   matrix_rate=round(rate / 1e12), card=torch.cuda.get_device_name())
+            for name, (task, more) in tasks.items():
+                runs.setdefault(name, []).append(in_process(task, **common, **more))
+        speed = {name: [batch * context / run["seconds"] for run in taken]
+                 for name, taken in runs.items()}
+        medians = {name: statistics.median(rates) for name, rates in speed.items()}
+        yield row("gpu", f"training step, {shape}, bfloat16, compiled", "tokens/s",
+                  speed["compiled"], speed.get("nanoGPT", ()), plain=medians["plain"],
+                  utilisation={name: round(v * flops / rate, 3) for name, v in medians.items()},
+                  gigabytes={name: round(taken[0]["bytes"] / 1e9, 2)
+                             for name, taken in runs.items()},
+                  matrix_rate=round(rate / 1e12), card=torch.cuda.get_device_name())
 
 
 # Rows 7 and 8: generation
+
+START = torch.zeros(1, 1, dtype=torch.int64)
+
+
+def tokens_per_second(generate):
+    """The median of five calls, after one that warms up."""
+    times = []
+    for _ in range(6):
+        start = time.perf_counter()
+        generate()
+        times.append(255 / (time.perf_counter() - start))
+    return statistics.median(times[1:])
+
 
 def our_generation():
     library = prepared_library()
     settings = library.make_settings("laptop", n_embd=256, n_head=4)
     model = library.GPT(library.make_config(settings, 2048))
-    def write():
-        start = time.perf_counter()
-        assert sum(1 for _ in library.stream_tokens(model, torch.zeros(1, 1, dtype=torch.int64), 255, seed=0)) == 255
-        return 255 / (time.perf_counter() - start)
-    return statistics.median([write() for _ in range(6)][1:])
+    return tokens_per_second(lambda: list(library.stream_tokens(model, START, 255, seed=0)))
 
 
 def nanogpt_generation(nanogpt):
     sys.path.insert(0, nanogpt)
     import model as peer
-    network = peer.GPT(peer.GPTConfig(block_size=256, vocab_size=2048, n_layer=4, n_head=4, n_embd=256, dropout=0.0, bias=True)).eval()
-    def write():
-        start = time.perf_counter()
-        network.generate(torch.zeros(1, 1, dtype=torch.int64), 255)
-        return 255 / (time.perf_counter() - start)
-    return statistics.median([write() for _ in range(6)][1:])
+    network = peer.GPT(peer.GPTConfig(256, 2048, 4, 4, 256, 0.0)).eval()
+    return tokens_per_second(lambda: network.generate(START, 255))
 
 
 def transformers_generation():
     import transformers
-    network = transformers.GPT2LMHeadModel(transformers.GPT2Config(vocab_size=2048, n_positions=256, n_embd=256, n_layer=4, n_head=4)).eval()
-    def write():
-        start = time.perf_counter()
-        with torch.no_grad():
-            written = network.generate(torch.zeros(1, 1, dtype=torch.int64), attention_mask=torch.ones(1, 1, dtype=torch.int64), do_sample=True,
-                                       top_k=0, min_new_tokens=255, max_new_tokens=255, pad_token_id=0)
-        assert written.shape == (1, 256)
-        return 255 / (time.perf_counter() - start)
-    return statistics.median([write() for _ in range(6)][1:])
+    network = transformers.GPT2LMHeadModel(transformers.GPT2Config(
+        vocab_size=2048, n_positions=256, n_embd=256, n_layer=4, n_head=4)).eval()
+    return tokens_per_second(lambda: network.generate(
+        START, attention_mask=torch.ones_like(START), do_sample=True, top_k=0, min_new_tokens=255,
+        max_new_tokens=255, pad_token_id=0))
 
 
-def row_7_and_8(options, rows):
-    for row, name, task, arguments, there in ((7, "nanoGPT's generate", "nanogpt_generation", {"nanogpt": options.nanogpt}, options.nanogpt),
-                                              (8, "transformers' generate with its cache", "transformers_generation", {},
-                                               importlib.util.find_spec("transformers"))):
-        if row in rows:
-            ours, theirs = [], []
-            for _ in range(options.seeds):
-                ours.append(in_process("our_generation"))
-                if there:
-                    theirs.append(in_process(task, **arguments))
-            value, peer = statistics.median(ours), statistics.median(theirs) if theirs else None
-            yield dict(row=row, what=f"generation, batch 1, 255 tokens from one, 4×256, 2,048 tokens, against {name}", unit="tokens/s", value=value,
-                       peer=peer, ratio=value / peer if peer else None, spread=spread(ours), peer_spread=spread(theirs) if theirs else None)
+def rows_7_and_8(options):
+    there = importlib.util.find_spec("transformers")
+    for number, name, peer in (
+            (7, "nanoGPT's generate", options.nanogpt and functools.partial(
+                in_process, "nanogpt_generation", nanogpt=options.nanogpt)),
+            (8, "transformers' generate with its cache", there and functools.partial(
+                in_process, "transformers_generation"))):
+        if number in options.rows:
+            yield row(number, f"generation, batch 1, 255 tokens from one, 4×256, 2,048 tokens, "
+                      f"against {name}", "tokens/s", *in_turn(
+                          options, lambda: in_process("our_generation"), peer))
 
 
 # Row 9: the tokenizer's training
 
-def python_texts(folder):
-    os.chdir(folder)
-    import contextlib
-    with contextlib.redirect_stdout(None):
-        return list(execute_cells(code_cells("## 5 ", {}))["splits"]["train"])
-
-
-def our_bpe(texts, vocab_size):
+def train_merges(trainer, texts, vocab_size, minbpe=None):
+    """Seconds for the merges, by ours, by "rust" (tokenizers) or by "minbpe"."""
     library, texts = load_library(), json.loads(pathlib.Path(texts).read_text())
+    pattern = library.SPLIT_PATTERNS["code"]
+    if trainer == "ours":
+        train = lambda: library.train_bpe(texts, vocab_size, pattern=pattern)
+    elif trainer == "rust":
+        import tokenizers
+        from tokenizers import models, pre_tokenizers, trainers
+        tokenizer, level = tokenizers.Tokenizer(models.BPE()), pre_tokenizers.ByteLevel
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
+            pre_tokenizers.Split(tokenizers.Regex(pattern), "isolated"),
+            level(add_prefix_space=False, use_regex=False)])
+        by_rust = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=["<|endoftext|>"],
+                                      show_progress=False, initial_alphabet=level.alphabet())
+        train = lambda: tokenizer.train_from_iterator(texts, by_rust)
+    else:
+        sys.path.insert(0, minbpe)
+        from minbpe import RegexTokenizer
+        tokenizer, text = RegexTokenizer(pattern), "\n".join(texts)
+        train = lambda: tokenizer.train(text, vocab_size - 1)  # it counts no special token
     start = time.perf_counter()
-    merges = library.train_bpe(texts, vocab_size, pattern=library.SPLIT_PATTERNS["code"])
-    return time.perf_counter() - start, len(merges)
+    train()
+    return time.perf_counter() - start
 
 
-def rust_bpe(texts, vocab_size):
-    import tokenizers
-    from tokenizers import models, pre_tokenizers, trainers
-    library, texts = load_library(), json.loads(pathlib.Path(texts).read_text())
-    tokenizer = tokenizers.Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Split(tokenizers.Regex(library.SPLIT_PATTERNS["code"]), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
-    trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=["<|endoftext|>"], show_progress=False,
-                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
-    start = time.perf_counter()
-    tokenizer.train_from_iterator(texts, trainer)
-    return time.perf_counter() - start, tokenizer.get_vocab_size() - 257
-
-
-def minbpe_bpe(texts, vocab_size, minbpe):
-    sys.path.insert(0, minbpe)
-    from minbpe import RegexTokenizer
-    library, texts = load_library(), json.loads(pathlib.Path(texts).read_text())
-    text, tokenizer = "\n".join(texts), RegexTokenizer(library.SPLIT_PATTERNS["code"])
-    start = time.perf_counter()
-    tokenizer.train(text, vocab_size - 1)                     # it counts no special token
-    return time.perf_counter() - start, len(tokenizer.merges)
+def write_training_texts(folder, path):
+    texts = list(preprocessed(folder)["splits"]["train"])
+    pathlib.Path(path).write_text(json.dumps(texts))
 
 
 def row_9(options):
     with tempfile.TemporaryDirectory() as folder:
         path = os.path.join(folder, "texts.json")
-        pathlib.Path(path).write_text(json.dumps(in_process("python_texts", folder=folder)))
-        ours, rust = [], []
-        for _ in range(options.seeds):
-            ours.append(in_process("our_bpe", texts=path, vocab_size=2048)[0])
-            if importlib.util.find_spec("tokenizers"):
-                rust.append(in_process("rust_bpe", texts=path, vocab_size=2048)[0])
-        value, peer = statistics.median(ours), statistics.median(rust) if rust else None
-        yield dict(row=9, what="train_bpe, python corpus, 2,048 tokens, against tokenizers' Rust trainer", unit="seconds", value=value, peer=peer,
-                   ratio=value / peer if peer else None, spread=spread(ours), peer_spread=spread(rust) if rust else None)
+        in_process("write_training_texts", folder=folder, path=path)
+        seconds = lambda trainer, size, **more: lambda: in_process(
+            "train_merges", trainer=trainer, texts=path, vocab_size=size, **more)
+        there = importlib.util.find_spec("tokenizers")
+        yield row(9, "train_bpe, python corpus, 2,048 tokens, against tokenizers' Rust trainer",
+                  "seconds", *in_turn(options, seconds("ours", 2048),
+                                      there and seconds("rust", 2048)))
         if options.minbpe:
             small = 257 + options.merges
-            value = statistics.median(in_process("our_bpe", texts=path, vocab_size=small)[0] for _ in range(options.seeds))
-            peer = in_process("minbpe_bpe", texts=path, vocab_size=small, minbpe=options.minbpe)[0]
-            yield dict(row=9, what=f"train_bpe, python corpus, the first {options.merges} merges, against minbpe", unit="seconds", value=value,
-                       peer=peer, ratio=value / peer, spread=None)
+            ours, _ = in_turn(options, seconds("ours", small))
+            yield row(9, f"train_bpe, python corpus, the first {options.merges} merges, against "
+                      f"minbpe", "seconds", ours,
+                      [seconds("minbpe", small, minbpe=options.minbpe)()])
 
 
 # Row 10: how soon a second run trains
 
 def time_to_first_step(folder, started):
-    """Runs the notebook's cells in order; stops after the first training step of section 9. `started`: time.time() before the process."""
+    """Runs the notebook up to the first training step of section 9. → seconds since `started`."""
     os.chdir(folder)
-    sources, stopped = code_cells("## 10 ", {}), []
+    space = {"__name__": "benchmark"}
 
-    def first_step(*arguments, **options):
-        settings = dataclasses.replace(arguments[3], max_steps=1)
-        real(*arguments[:3], settings, *arguments[4:7])
-        stopped.append(time.time() - started)
+    def first_step(path, model, optimizers, tokens, settings, history, generator, precision,
+                   starts, *others, **options):
+        space["training_step"](model, optimizers, tokens, settings, 0, generator, precision, starts)
         raise KeyboardInterrupt
-    space, real = {"__name__": "benchmark"}, None
-    import builtins
-    import contextlib
-    from matplotlib import pyplot
-    builtins.display = lambda *things: None
-    with contextlib.redirect_stdout(None):
-        for source in sources:
-            if "save, starts)" in source and "Progress(" in source:
-                real, space["train"] = space["train"], first_step
-                space["reuse_checkpoint"] = False
-            try:
-                exec(compile(source, "cell", "exec"), space)
-            except KeyboardInterrupt:
-                return stopped[0]
-            pyplot.close("all")
+
+    try:
+        for source in code_cells("## 10 ", {}):
+            if source.startswith("quick_tokens"):  # the cells that train come from here on
+                space["train_safely"] = first_step
+            execute_cells([source], space)
+    except KeyboardInterrupt:
+        return time.time() - started
     raise AssertionError("no cell of section 9 trained")
 
 
 def row_10(options):
     with tempfile.TemporaryDirectory() as folder:
-        first, *again = [in_process("time_to_first_step", folder=folder, started=time.time()) for _ in range(options.seeds + 1)]
-    yield dict(row=10, what="start to first trained step on a second run", unit="seconds", value=statistics.median(again), peer=None, ratio=None,
-               spread=spread(again), first_run=round(first, 1))
+        first, *again = [in_process("time_to_first_step", folder=folder, started=time.time())
+                         for _ in range(options.seeds + 1)]
+    yield row(10, "start to first trained step on a second run", "seconds", again,
+              first_run=round(first, 1))
 
 
 # Memory of sections 2 to 4
 
-MEMORY_CHILD = """
-import json, os, sys, builtins
-os.environ["MPLBACKEND"] = "agg"
-builtins.display = lambda *things: None
-from matplotlib import pyplot
-space = {"__name__": "trial"}
-for source in json.load(open("cells.json", encoding="utf-8")):
-    exec(compile(source, "cell", "exec"), space)
-    pyplot.close("all")
-print("TOKENS", len(space["train_tokens"]))
-"""
-
-
 def write_text(path, megabytes, seed=0):
-    """Sentences of made-up words whose frequencies fall as in natural text (Zipf), so that no passage repeats."""
-    rng = random.Random(seed)
-    words = ["".join(rng.choice("etaoinshrdlucmfwypvbgkjqxz") for _ in range(rng.randint(2, 9))) for _ in range(50_000)]
+    """Sentences of made-up words, their frequencies as in natural text (Zipf): none repeats."""
+    rng, letters = random.Random(seed), "etaoinshrdlucmfwypvbgkjqxz"
+    words = ["".join(rng.choice(letters) for _ in range(rng.randint(2, 9))) for _ in range(50_000)]
     weights = [1 / (rank + 3) for rank in range(len(words))]
     written = 0
     with open(path, "w", encoding="utf-8") as file:
         while written < megabytes * 1e6:
-            chosen = iter(rng.choices(words, weights, k=20_000))
-            text = "".join(word + (".\n" if i % 15 == 14 else " ") + ("\n" if i % 90 == 89 else "") for i, word in enumerate(chosen))
-            file.write(text)
-            written += len(text)
+            chosen = enumerate(rng.choices(words, weights, k=20_000))
+            written += file.write("".join(word + (".\n" if i % 15 == 14 else " ") + (
+                "\n" if i % 90 == 89 else "") for i, word in chosen))
 
 
-def private_bytes(pid):
-    """Resident pages that belong to no file."""
-    try:
-        status = pathlib.Path(f"/proc/{pid}/status").read_text()
-    except OSError:
-        return 0
-    return 1024 * int(match.group(1)) if (match := re.search(r"RssAnon:\s+(\d+)", status)) else 0
+def preprocess_own(folder, megabytes):
+    """The number of training tokens of a text of one's own."""
+    corpus = os.path.join(folder, "corpus.txt")
+    return len(preprocessed(folder, dict(corpus=corpus, corpus_megabytes=2.0 * megabytes))[
+        "train_tokens"])
+
+
+def most_private_bytes(stop):
+    """The most memory that this process's children held, in pages that belong to no file."""
+    most = 0
+    while not stop.wait(0.05):
+        for path in pathlib.Path("/proc").glob("[0-9]*/status"):
+            with contextlib.suppress(OSError):
+                status = path.read_text()
+                if f"PPid:\t{os.getpid()}\n" in status:
+                    found = re.search(r"RssAnon:\s+(\d+)", status)
+                    most = max(most, 1024 * int(found.group(1)) if found else 0)
+    return most
 
 
 def row_memory(options):
@@ -599,71 +614,59 @@ def row_memory(options):
         raise SystemExit("the row memory needs Linux: it reads /proc")
     for megabytes in options.megabytes:
         with tempfile.TemporaryDirectory() as folder:
-            folder = pathlib.Path(folder)
-            write_text(folder / "corpus.txt", megabytes)
-            changes = dict(corpus=str(folder / "corpus.txt"), corpus_megabytes=2.0 * megabytes)
-            (folder / "cells.json").write_text(json.dumps(code_cells("## 5 ", changes)), encoding="utf-8")
-            start, most = time.perf_counter(), 0
-            with subprocess.Popen([sys.executable, "-c", MEMORY_CHILD], cwd=folder, stdout=subprocess.PIPE, text=True) as process:
-                lines = []
-                reader = threading.Thread(target=lambda: lines.extend(process.stdout))
-                reader.start()
-                while process.poll() is None:
-                    most = max(most, private_bytes(process.pid))
-                    time.sleep(0.05)
-                reader.join()
-            if process.returncode:
-                raise SystemExit(f"{megabytes} MB failed:\n" + "".join(lines[-20:]))
+            write_text(os.path.join(folder, "corpus.txt"), megabytes)
+            stop, most = threading.Event(), []
+            watcher = threading.Thread(target=lambda: most.append(most_private_bytes(stop)))
+            watcher.start()
+            start = time.perf_counter()
+            try:
+                tokens = in_process("preprocess_own", folder=folder, megabytes=megabytes)
+            finally:
+                stop.set()
+                watcher.join()
             seconds = time.perf_counter() - start
-        yield dict(row="memory", what=f"sections 2 to 4 on {megabytes} MB of generated text, most private memory", unit="GB", value=most / 1e9,
-                   peer=None, ratio=None, spread=None, seconds=round(seconds, 1), seconds_per_megabyte=round(seconds / megabytes, 2),
-                   training_tokens=int(lines[-1].split()[1]))
+        yield row("memory", f"sections 2 to 4 on {megabytes} MB of generated text, most private "
+                  f"memory", "GB", [most[0] / 1e9], seconds=round(seconds, 1),
+                  seconds_per_megabyte=round(seconds / megabytes, 2), training_tokens=tokens)
 
 
-def measurements(options):
-    rows = options.rows
-    if {1, 2, 3} & set(rows):
-        yield from row_1_to_3(options, rows)
-    for row, function in ((4, row_4), (5, row_5), (6, row_6)):
-        if row in rows:
-            yield from function(options)
-    if {7, 8} & set(rows):
-        yield from row_7_and_8(options, rows)
-    for row, function in ((9, row_9), (10, row_10), ("memory", row_memory), ("compile", row_compile), ("gpu", row_gpu)):
-        if row in rows:
-            yield from function(options)
+ROWS = {**dict.fromkeys((1, 2, 3), rows_1_to_3), 4: row_4, 5: row_5, 6: row_6,
+        **dict.fromkeys((7, 8), rows_7_and_8), 9: row_9, 10: row_10,
+        "memory": row_memory, "compile": row_compile, "gpu": row_gpu}
 
 
 def parse_rows(text):
     rows = [int(part) if part.isdigit() else part for part in text.split(",")]
-    if wrong := [row for row in rows if row not in (*range(1, 11), "memory", "compile", "gpu")]:
-        raise argparse.ArgumentTypeError(f"row {wrong[0]!r} is unknown; the rows are 1 to 10, memory, compile and gpu")
+    if wrong := [name for name in rows if name not in ROWS]:
+        raise argparse.ArgumentTypeError(f"row {wrong[0]!r} is unknown; the rows are 1 to 10, "
+                                         f"memory, compile and gpu")
     return rows
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", type=parse_rows, default=[5, 6, 7, 8, 9, 10], help="1 to 10, memory, compile and gpu, with commas between; default 5,6,7,8,9,10")
-    parser.add_argument("--json", action="store_true", help="one JSON object per row")
-    parser.add_argument("--seeds", type=int, default=3, help="how often each measurement is taken (default 3)")
-    parser.add_argument("--nanogpt", type=os.path.abspath, help="path of a checkout of nanoGPT")
-    parser.add_argument("--minbpe", type=os.path.abspath, help="path of a checkout of minbpe")
-    parser.add_argument("--shakespeare", type=os.path.abspath, help="path of Tiny Shakespeare as a text file")
-    parser.add_argument("--seconds", type=float, default=118.0, help="time of row 1 where nanoGPT is not at hand (default 118)")
-    parser.add_argument("--minutes", type=float, default=10.0, help="time of row 3 (default 10)")
-    parser.add_argument("--precision", choices=("auto", "float32", "bfloat16"), default="auto",
-                        help="in which ours trains in rows 1 to 4 and 6 (default auto: bfloat16 where a measurement shows that it is faster)")
-    parser.add_argument("--merges", type=int, default=100, help="merges of row 9 against minbpe, which is slow (default 100)")
-    parser.add_argument("--megabytes", type=int, nargs="+", default=[64, 256, 1024], help="sizes of the row memory")
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--rows", type=parse_rows, default=[5, 6, 7, 8, 9, 10],
+        help="1 to 10, memory, compile and gpu, with commas between; default 5,6,7,8,9,10")
+    add("--json", action="store_true", help="one JSON object per row")
+    add("--seeds", type=int, default=3, help="how often each is measured (default 3)")
+    add("--nanogpt", type=os.path.abspath, help="path of a checkout of nanoGPT")
+    add("--minbpe", type=os.path.abspath, help="path of a checkout of minbpe")
+    add("--shakespeare", type=os.path.abspath, help="path of Tiny Shakespeare as a text file")
+    add("--seconds", type=float, default=118.0, help="time of row 1 without nanoGPT (default 118)")
+    add("--minutes", type=float, default=10.0, help="time of row 3 (default 10)")
+    add("--precision", choices=("auto", "float32", "bfloat16"), default="auto",
+        help="of ours in rows 1 to 4, 6 and compile (default auto: bfloat16 where it is faster)")
+    add("--merges", type=int, default=100, help="of row 9 against minbpe, which is slow")
+    add("--megabytes", type=int, nargs="+", default=[64, 256, 1024], help="sizes of row memory")
     options = parser.parse_args()
-    for result in measurements(options):
-        result = {name: round(value, 4) if isinstance(value, float) else value for name, value in result.items()}
-        if options.json:
-            print(json.dumps(result), flush=True)
-        else:
-            against = f", peer {result['peer']} (ratio {result['ratio']})" if result.get("ratio") else ""
-            rest = {name: value for name, value in result.items() if name not in ("row", "what", "unit", "value", "peer", "ratio") and value is not None}
-            print(f"row {result['row']}: {result['what']}: {result['value']} {result['unit']}{against}  {rest}", flush=True)
+    for function in dict.fromkeys(ROWS[name] for name in ROWS if name in options.rows):
+        for result in function(options):
+            result = {k: round(v, 4) if isinstance(v, float) else v for k, v in result.items()}
+            shown = {name: value for name, value in result.items() if value is not None}
+            print(json.dumps(result) if options.json else "row {row}: {what}: {value} {unit}; ".format(
+                **shown) + str({k: shown[k] for k in list(shown)[4:]}), flush=True)
 
 
 if __name__ == "__main__":

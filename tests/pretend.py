@@ -1,14 +1,12 @@
 """A pretend accelerator, written in Python: its tensors hold a tensor of the CPU, and refuse what a GPU's would refuse
 (and float64, as Apple's MPS does). Where torch.set_float32_matmul_precision allows it, it multiplies as CUDA's TF32 units do.
 
-It shows without a GPU that no tensor of the notebook is on the wrong side. Importing it makes torch.device("pretend").
-It leans on PyTorch's experimental support for devices in Python (torch.utils.backend_registration, as of 2.13).
+It shows without a GPU that no tensor of the notebook is on the wrong side. Importing it makes torch.device("pretend"). It leans on PyTorch's experimental support for devices in Python (torch.utils.backend_registration, as of 2.13).
 """
 import torch
 from torch.utils._python_dispatch import return_and_correct_aliasing
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.backend_registration import _DummyBackendModule, _setup_privateuseone_for_python_backend
-
 
 
 class Module(_DummyBackendModule):
@@ -36,9 +34,6 @@ class PretendTensor(torch.Tensor):
     def tolist(self):
         return self.cpu().tolist()
 
-    def __repr__(self):
-        return repr(self.held)
-
     def __format__(self, form):
         return format(self.held, form)
 
@@ -51,10 +46,8 @@ class PretendTensor(torch.Tensor):
         operations += 1
         options = dict(options or {})
         leaves = tree_leaves((arguments, options))
-        mixed = leaves
-        if operation in COPIES:
-            mixed = []
-        elif operation in INDEXING and isinstance(arguments[0], cls):
+        mixed = [] if operation in COPIES else leaves
+        if operation in INDEXING and isinstance(arguments[0], cls):
             mixed = [arguments[0], *arguments[2:]]           # an index may lie on the CPU
         if any(type(leaf) is not cls and isinstance(leaf, torch.Tensor) and leaf.dim() > 0 for leaf in mixed):
             raise RuntimeError(f"{operation} on tensors of pretend and of the CPU")
@@ -63,10 +56,10 @@ class PretendTensor(torch.Tensor):
         target = torch.device(options["device"]) if options.get("device") is not None else DEVICE
         if target.type == "pretend" and "device" in options:
             options["device"] = torch.device("cpu")
-        arguments_held = tree_map(hold, arguments)
+        held = tree_map(hold, arguments)
         if operation in PRODUCTS and torch.get_float32_matmul_precision() != "highest":
-            arguments_held = (*arguments_held[:-2], *map(tf32, arguments_held[-2:]))
-        result = operation(*arguments_held, **tree_map(hold, options))
+            held = (*held[:-2], *map(tf32, held[-2:]))
+        result = operation(*held, **tree_map(hold, options))
         if target.type == "pretend" and any(isinstance(leaf, torch.Tensor) and leaf.dtype == torch.float64 for leaf in tree_leaves(result)):
             raise TypeError(f"{operation} in float64, which Apple's MPS does not have")
         if target.type != "pretend" or isinstance(arguments[0], torch.Tensor) and type(arguments[0]) is not cls:
@@ -106,11 +99,8 @@ WIDEST = "addcmul addcdiv dot index_put scatter_add"
 
 
 def cast_for(name):
-    operation = torch.ops.aten
-    for part in name.split("."):
-        operation = getattr(operation, part)
-    if "." not in name:
-        operation = operation.default
+    packet, _, overload = name.partition(".")
+    operation = getattr(getattr(torch.ops.aten, packet), overload or "default")
 
     def cast(leaf, dtype):
         if isinstance(leaf, torch.Tensor) and leaf.is_floating_point() and leaf.device.type == "pretend" and leaf.dtype != torch.float64:
@@ -120,10 +110,8 @@ def cast_for(name):
     def kernel(*arguments, **options):
         with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastPrivateUse1)):
             floats = [leaf.dtype for leaf in tree_leaves(arguments) if isinstance(leaf, torch.Tensor) and leaf.is_floating_point()]
-            if name in HALVED.split():
-                dtype = torch.get_autocast_dtype("pretend")
-            else:
-                dtype = torch.float32 if name in RAISED.split() or torch.float32 in floats else floats[0]
+            widest = torch.float32 if name in RAISED.split() or torch.float32 in floats else floats[0]
+            dtype = torch.get_autocast_dtype("pretend") if name in HALVED.split() else widest
             return operation(*tree_map(lambda leaf: cast(leaf, dtype), arguments), **options)
     return kernel
 

@@ -1,10 +1,10 @@
-"""Checks of the contract's names against independent references. Each takes a library and raises AssertionError.
-
-test_library.py runs them on the notebook's definitions; test_mutations.py breaks a definition and expects one to fail.
-"""
+"""Checks of the notebook's definitions against independent references. Each takes a library and raises AssertionError:
+test_library.py runs them on the definitions as they are; test_mutations.py breaks one, and expects it to fail."""
 import math
+from functools import partial
 
 import torch
+from torch.nn import functional as F
 
 
 def small_config(lib, **changes):
@@ -16,26 +16,18 @@ def small_config(lib, **changes):
 def scrambled(lib, config, seed=0):
     """A model with nothing at zero, in double precision."""
     torch.manual_seed(seed)
-    model = lib.GPT(config).double()
-    with torch.no_grad():
-        for p in model.parameters():
-            p.copy_(torch.randn_like(p) * 0.3)
-    return model.eval()
-
-
-def gradient_is_right(function, x):
-    """Against finite differences, in double precision."""
-    assert torch.autograd.gradcheck(function, x.double().requires_grad_())
+    model = lib.GPT(config).double().eval()
+    for p in model.parameters():
+        p.data = torch.randn_like(p) * 0.3
+    return model
 
 
 def merges_follow_the_rule(lib):
-    # 'ab' and 'cd' are equally frequent: the greater pair goes first; then 'aba' overlaps are counted as they stand
-    merges = lib.train_bpe(["abcd abcd xyxyx"], 257 + 3, pattern=r"\S+")
-    assert merges == lib.train_bpe_plainly([b"abcd", b"abcd", b"xyxyx"], 3)
-    assert lib.train_bpe(["ab cd"], 258, pattern=r"\S+") == [(b"c", b"d")]
-    text = ["aaaa aaa aa banana bandana ananas", "the theme then there"] * 3
-    words = [w.encode() for t in text for w in t.split()]
-    assert lib.train_bpe(text, 257 + 25, pattern=r"\S+") == lib.train_bpe_plainly(words, 25)
+    assert lib.train_bpe(["ab cd"], 258, pattern=r"\S+") == [(b"c", b"d")]      # equally frequent: the greater pair
+    for text in ("abcd abcd xyxyx", "aaaa aaa banana bandana ananas the theme then", "ab abc abcd bc bcd cd b bcbc"):
+        merges, word = lib.train_bpe([text] * 3, 257 + 25, pattern=r"\S+"), text.replace(" ", "")
+        assert merges == lib.train_bpe_plainly([word.encode() for word in text.split()] * 3, 25)
+        assert lib.build_tokenizer(merges).encode_ordinary(word) == lib.encode_by_hand(word, merges)
 
 
 def targets_are_shifted(lib):
@@ -43,122 +35,115 @@ def targets_are_shifted(lib):
     assert torch.equal(targets, inputs + 1)
 
 
-def attention_is_pytorchs(lib):
-    torch.manual_seed(0)
-    q, k, v = (torch.randn(2, 3, 6, 8, dtype=torch.float64) for _ in range(3))
+def parts_are_pytorchs(lib):
+    for scale in (1e-3, 3):                                                     # the small numbers show where ε stands
+        x = scale * (torch.randn(4, 16, dtype=torch.float64) + 0.3)
+        for ours, theirs in (lib.LayerNorm(16), torch.nn.LayerNorm(16)), (lib.RMSNorm(16), torch.nn.RMSNorm(16, 1e-6)):
+            assert torch.allclose(ours.double()(x), theirs.double()(x))
+        for name, kind in (("gelu", "none"), ("gelu_tanh", "tanh")):
+            assert torch.allclose(lib.ACTIVATIONS[name](x), F.gelu(x, approximate=kind))
+    dropped = lib.dropout(torch.ones(100_000), 0.25, training=True)
+    assert abs((dropped == 0).float().mean() - 0.25) < 0.01 and math.isclose(dropped.max(), 4 / 3, rel_tol=1e-6)
+    q, k, v = torch.randn(3, 2, 3, 6, 8, dtype=torch.float64)
     for mask in (None, torch.ones(6, 6, dtype=torch.bool).tril()):
-        expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        expected = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         assert torch.allclose(lib.scaled_dot_product_attention(q, k, v, mask), expected)
 
 
-def the_future_stays_hidden(lib):
-    for position in ("none", "sinusoidal", "learned", "rotary"):
-        model = scrambled(lib, small_config(lib, position=position))
-        tokens = torch.randint(50, (2, 16))
-        changed = tokens.clone()
-        changed[:, 9:] = (changed[:, 9:] + 1) % 50
-        assert torch.equal(model(tokens)[0][:, :9], model(changed)[0][:, :9])
-        assert not torch.equal(model(tokens)[0][:, 9:], model(changed)[0][:, 9:])
-
-
-def cache_equals_full_pass(lib):
-    for position in ("none", "sinusoidal", "learned", "rotary"):
-        config = small_config(lib, position=position, value_embedding=True)
-        model = scrambled(lib, config)
-        tokens = torch.randint(50, (2, 16))
-        cache = lib.KeyValueCache(config, 2, dtype=torch.float64)
-        parts = [model(part, cache=cache)[0] for part in (tokens[:, :3], tokens[:, 3:7], *tokens[:, 7:].split(1, 1))]
-        assert torch.allclose(torch.cat(parts, 1), model(tokens)[0])
-
-
 def cross_entropy_is_pytorchs(lib):
-    logits, targets = torch.randn(7, 30) * 1000, torch.randint(30, (7,))
-    assert torch.allclose(lib.cross_entropy(logits, targets), torch.nn.functional.cross_entropy(logits, targets))
-    wide, answers = torch.randn(900, 1000), torch.randint(1000, (900,))            # more than one slice
-    gradients = []
-    for function in (lib.cross_entropy, torch.nn.functional.cross_entropy):
-        leaf = wide.clone().requires_grad_()
-        function(leaf, answers).backward()
-        gradients.append(leaf.grad)
-    assert torch.allclose(lib.cross_entropy(wide, answers), torch.nn.functional.cross_entropy(wide, answers))
-    assert torch.allclose(*gradients, atol=1e-8)
-    gradient_is_right(lambda z: lib.cross_entropy(z, torch.tensor([0, 4, 5]), reduction="none"), torch.randn(3, 6) * 3)
+    logits, targets = torch.randn(7, 30, dtype=torch.float64) * 1000, torch.randint(30, (7,))
+    for z in (logits, logits / 1000, logits.bfloat16()):
+        assert torch.allclose(lib.cross_entropy(z, targets).double(), F.cross_entropy(z.double(), targets))
+    assert torch.allclose(lib.softmax(logits), torch.softmax(logits, -1))
+    assert torch.autograd.gradcheck(lambda z: lib.cross_entropy(z, targets, "none"), (logits / 300).requires_grad_())
 
 
-def norms_are_pytorchs(lib):
-    x = torch.randn(4, 16) * 3 + 2
-    for ours, theirs in ((lib.LayerNorm(16), torch.nn.LayerNorm(16)), (lib.RMSNorm(16), torch.nn.RMSNorm(16, eps=1e-6))):
-        assert torch.allclose(ours(x), theirs(x), atol=1e-6)
-        gradient_is_right(ours.double(), x)
+def positions_are_those_on_paper(lib):
+    x, places = torch.randn(2, 5, 8, dtype=torch.float64), torch.tensor([0, 1, 2, 3, 70])
+    angles = places[:, None] * 10000.0 ** (-torch.arange(4) / 4)
+    rotated = torch.complex(*x.chunk(2, -1)) * torch.exp(1j * angles)
+    assert torch.allclose(lib.apply_rotary(x, places), torch.cat([rotated.real, rotated.imag], -1), atol=1e-6)
+    waves = lib.sinusoidal_positions(71, 8)[places]
+    assert torch.allclose(waves, torch.stack([angles.sin(), angles.cos()], -1).flatten(1), atol=1e-5)
 
 
-def gelu_is_pytorchs(lib):
-    x = torch.linspace(-5, 5, 101)
-    for kind in ("none", "tanh"):
-        assert torch.allclose(lib.gelu(x, kind), torch.nn.functional.gelu(x, approximate=kind), atol=1e-6)
-        gradient_is_right(lambda x: lib.gelu(x, kind), x)
-    gradient_is_right(lib.relu_squared, x + 0.01)
+def gpt_is_the_one_by_hand(lib):  # with today's parts; test_gpt2.py compares GPT-2's with those of transformers
+    model, tokens = scrambled(lib, small_config(lib)), torch.randint(50, (16,))
+    norm, p, C = partial(F.rms_norm, eps=1e-6), dict(model.named_parameters()), [model.config.n_embd]
+    x = p["token_embedding.weight"][tokens]
+    for i in range(model.config.n_layer):
+        w = {name.split(f"blocks.{i}.")[-1].removesuffix(".weight"): value for name, value in p.items()}
+        parts = F.linear(norm(x, C, w["attention_norm"]), w["attention.query_key_value"])
+        q, k, v = parts.view(16, 3, model.config.n_head, -1).permute(1, 2, 0, 3)
+        q, k = (lib.apply_rotary(norm(part, part.shape[-1:]), torch.arange(16)) for part in (q, k))
+        heads = F.scaled_dot_product_attention(1.2 * q, k, v, is_causal=True)
+        x = x + F.linear(heads.transpose(0, 1).flatten(1), w["attention.projection"])
+        inner = F.relu(F.linear(norm(x, C, w["feed_forward_norm"]), w["feed_forward.expand"])) ** 2
+        x = x + F.linear(inner, w["feed_forward.projection"])
+    expected = F.linear(norm(x, C, p["final_norm.weight"]), p["output.weight"])
+    logits, loss = model(tokens[None], tokens[None])
+    gradients = zip(*(torch.autograd.grad(z, model.parameters()) for z in (loss, F.cross_entropy(expected, tokens))))
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in [(logits[0], expected), *gradients])
 
 
-def optimizer_difference(ours, theirs, steps=60):
-    torch.manual_seed(0)
-    start = [torch.randn(8, 12), torch.randn(12, 8)]
-    pair = [[torch.nn.Parameter(p.clone()) for p in start] for _ in range(2)]
-    optimizers = [ours(pair[0]), theirs(pair[1])]
-    for _ in range(steps):
-        for a, b in zip(*pair):
-            a.grad = torch.randn_like(a)
-            b.grad = a.grad.clone()
-        for optimizer in optimizers:
-            optimizer.step()
-    return float(torch.stack([(a - b).detach().abs().max() / b.detach().abs().max() for a, b in zip(*pair)]).max())      # NaN where one is
+def earlier_logits_never_change(lib):  # neither with later tokens, nor where the text comes in pieces, to the cache
+    for position in ("none", "sinusoidal", "learned", "rotary"):
+        model, tokens = scrambled(lib, config := small_config(lib, position=position)), torch.randint(50, (2, 16))
+        expected, cache = model(tokens)[0], lib.KeyValueCache(config, 2, dtype=torch.float64)
+        changed = torch.cat([tokens[:, :9], (tokens[:, 9:] + 1) % 50], 1)
+        assert torch.equal(expected[:, :9], model(changed)[0][:, :9])
+        pieces = [model(part, cache=cache)[0] for part in tokens.split([3, 4, *[1] * 9], 1)]
+        assert torch.allclose(torch.cat(pieces, 1), expected)
 
 
-def adamw_is_pytorchs(lib):
-    options = dict(lr=0.02, betas=(0.9, 0.95), eps=1e-3, weight_decay=0.1)
-    assert optimizer_difference(lambda p: lib.AdamW(p, **options), lambda p: torch.optim.AdamW(p, **options)) < 1e-5
-
-
-def muon_is_pytorchs(lib):
-    options = dict(lr=0.02, momentum=0.9, weight_decay=0.1)
-    assert optimizer_difference(lambda p: lib.Muon(p, **options), lambda p: torch.optim.Muon(p, **options)) < 0.02
-
-
-def rotary_sees_distances(lib):
-    torch.manual_seed(0)
-    q, k = torch.randn(1, 8, dtype=torch.float64), torch.randn(1, 8, dtype=torch.float64)
-    def product(i, j):
-        return float(lib.apply_rotary(q, torch.tensor([i])) @ lib.apply_rotary(k, torch.tensor([j])).T)
-    assert math.isclose(product(5, 2), product(45, 42), rel_tol=1e-5) and not math.isclose(product(5, 2), product(5, 3))
-    assert torch.allclose(lib.apply_rotary(q, torch.tensor([7])).norm(), q.norm())
-    gradient_is_right(lambda x: lib.apply_rotary(x, torch.arange(3)), torch.randn(2, 3, 8))
-
-
-def clipping_is_pytorchs(lib):
-    for largest in (0.5, 100.0):
-        p, twin = (torch.nn.Parameter(torch.zeros(5)) for _ in range(2))
-        p.grad, twin.grad = torch.arange(5.0), torch.arange(5.0)
-        assert torch.allclose(lib.clip_grad_norm([p], largest), torch.nn.utils.clip_grad_norm_([twin], largest))
-        assert torch.allclose(p.grad, twin.grad)
-
-
-def draws_fall_as_the_probabilities_say(lib):
-    scores = torch.tensor([2.0, 1.0, 0.0, -math.inf])
-    drawn = lib.draw(scores.expand(50_000, -1), torch.Generator().manual_seed(0))
-    shares = torch.bincount(drawn, minlength=4) / 50_000
-    assert shares[3] == 0 and (shares - torch.softmax(scores, -1)).abs().max() < 0.01
+def steps_are_pytorchs(lib):  # two batches of three, averaged, do what PyTorch's optimisers do with one of six
+    for optimizer, tolerance in (("adamw", 1e-6), ("muon", 0.02)):              # Muon iterates in bfloat16
+        settings = lib.make_settings("smoke", optimizer=optimizer, context_length=8, batch_size=3, max_steps=5,
+                                     warmup_steps=1, learning_rate=0.02, max_grad_norm=0.05, weight_decay=0.5)
+        model, twin = (scrambled(lib, small_config(lib, norm="layernorm", bias=True)) for _ in range(2))
+        tokens, optimizers = torch.randint(50, (99,)), lib.make_optimizers(model, settings, torch.bfloat16)
+        vectors, matrices = ([p for p in part.parameters() if p.ndim == n] for part, n in ((twin, 1), (twin.blocks, 2)))
+        tables, adamw = [twin.token_embedding.weight, twin.output.weight], partial(torch.optim.AdamW, betas=(0.9, 0.95))
+        both = [adamw(matrices + tables, weight_decay=0.5), adamw(vectors, weight_decay=0)]
+        if optimizer == "muon":
+            both = [torch.optim.Muon(matrices, weight_decay=0.5), adamw(vectors + tables, weight_decay=0)]
+        one, two = (torch.Generator().manual_seed(0) for _ in range(2))
+        for step, rate in enumerate((0.5, 1.0, 1.0, 2 / 3, 1 / 3)):
+            loss, norm, fraction = lib.training_step(model, optimizers, tokens, settings, step, one, torch.float32)
+            twin.zero_grad()
+            batches = [lib.get_batch(tokens, 3, 8, generator=two) for _ in range(2)]
+            (expected := twin(*map(torch.cat, zip(*batches)))[1]).backward()
+            their_norm = torch.nn.utils.clip_grad_norm_(twin.parameters(), 0.05)
+            for theirs in both:
+                theirs.param_groups[0]["lr"] = 0.02 * rate
+                theirs.step()
+            assert abs(loss - expected) < tolerance > abs(norm - their_norm) and math.isclose(fraction, rate)
+            assert all(torch.allclose(a, b, 0, tolerance / 10) for a, b in zip(model.parameters(), twin.parameters()))
 
 
 def filters_keep_the_right_tokens(lib):
     logits = torch.tensor([0.5, 0.25, 0.125, 0.125]).log()
-    def kept(**options):
-        return (lib.filter_logits(logits, **options) > -math.inf).tolist()
-    assert kept(top_k=1) == [True, False, False, False]
-    assert kept(top_p=0.5) == [True, False, False, False] and kept(top_p=0.6) == [True, True, False, False]
-    assert kept(min_p=0.4) == [True, True, False, False]
+    cases = (2, dict(top_k=2)), (2, dict(min_p=0.4)), (1, dict(top_p=0.5)), (2, dict(top_p=0.6)), (4, dict(top_p=1))
+    for kept, options in cases:
+        assert (lib.filter_logits(logits, **options) > -math.inf).tolist() == [i < kept for i in range(4)]
     assert torch.allclose(lib.filter_logits(logits, temperature=0.5), logits * 2)
 
 
-REFEREES = [merges_follow_the_rule, targets_are_shifted, attention_is_pytorchs, the_future_stays_hidden, cache_equals_full_pass,
-            cross_entropy_is_pytorchs, norms_are_pytorchs, gelu_is_pytorchs, adamw_is_pytorchs, muon_is_pytorchs,
-            rotary_sees_distances, clipping_is_pytorchs, filters_keep_the_right_tokens, draws_fall_as_the_probabilities_say]
+def losses_are_those_of_their_windows(lib):  # each token is scored in the first window that holds it
+    model = scrambled(lib, small_config(lib))
+    for length, stride in ((5, None), (17, None), (18, None), (60, None), (41, 16), (40, 5)):
+        tokens, expected = torch.randint(50, (length,)), []
+        last = length - 1 - (context := min(16, length - 1))
+        for start in sorted({*range(0, last, stride or context // 2), last}):
+            window = tokens[start:start + context + 1]
+            losses = F.cross_entropy(model(window[None, :-1])[0][0], window[1:], reduction="none")
+            expected += losses[len(expected) - start:].tolist()
+        found = lib.per_token_losses(model, tokens, batch_size=3, stride=stride)
+        assert torch.allclose(found, torch.tensor(expected), atol=1e-5)
+        scores = lib.evaluate(model, tokens, 77, stride=stride)
+        assert math.isclose(scores["bits_per_byte"], sum(expected) * math.log2(math.e) / 77, rel_tol=1e-5)
+
+
+REFERENCES = [merges_follow_the_rule, targets_are_shifted, parts_are_pytorchs, cross_entropy_is_pytorchs,
+              positions_are_those_on_paper, gpt_is_the_one_by_hand, earlier_logits_never_change, steps_are_pytorchs,
+              filters_keep_the_right_tokens, losses_are_those_of_their_windows]

@@ -7,78 +7,71 @@ import re
 
 import pytest
 
-from conftest import NOTEBOOK, cells_with_tag, load_library
+from conftest import NOTEBOOK, cells_with_tag, code_cells, load_library
 
-WRONG = {  # exercise: [(a typical wrong answer, what its check must say)]
-    "compression_ratio": [("return len(tokenizer.encode_ordinary(text)) / len(text.encode())", "tokens per byte"),
-                        ("return len(text) / len(tokenizer.encode_ordinary(text))", "counts characters"),
-                        ("len(text)", "returns nothing")],
-    "decode_tokens": [("return ''.join(vocabulary[i].decode() for i in ids)", "join all bytes first"),
-                      ("return ''.join(vocabulary[i].decode(errors='replace') for i in ids)", "join all bytes first"),
-                      ("return b''.join(vocabulary[i] for i in ids)", "must return text"),
-                      ("return b''.join(vocabulary[i] for i in ids).decode()", "errors='replace'")],
-    "input_and_target": [("x = tokens[start:start + length]; return x, x", "shift the target"),
-                         ("return tokens[start:start + length], tokens[start - 1:start + length - 1]", "shift the other way"),
-                         ("return tokens[start:length], tokens[start + 1:length + 1]", "of length 4"),
-                         ("return tokens[start:start + length]", "two tensors")],
-    "to_bits_per_byte": [("return nats_per_token * tokens / text_bytes", "divide by math.log(2)"),
-                         ("return nats_per_token / math.log(2)", "bits per token"),
-                         ("return nats_per_token / math.log(2) * text_bytes / tokens", "fewer bits per byte"),
-                         ("return nats_per_token * math.log(2) * tokens / text_bytes", "wrong side")],
-    "log_softmax": [("return torch.softmax(z, -1)", "softmax itself"), ("return (z.exp() / z.exp().sum(-1, keepdim=True)).log()", "overflow"),
-                    ("return z - z.exp().sum(0, keepdim=True).log()", "over the rows"), ("return torch.softmax(z, -1).log()", "overflow")],
-    "softmax_backward": [("return p * upstream", "second half"), ("return p * (1 - p) * upstream", "diagonal"),
-                         ("return p * (upstream - (p * upstream).sum())", "all rows together")],
-    "sliding_mask": [("return torch.ones(length, length, dtype=torch.bool).tril()", "whole causal mask"),
-                     ("return torch.ones(length, length).tril()", "tensor of bool"),
-                     ("d = torch.arange(length)[:, None] - torch.arange(length); return d.abs() < window", "look ahead"),
-                     ("d = torch.arange(length)[:, None] - torch.arange(length); return (d >= 0) & (d <= window)", "one too wide"),
-                     ("d = torch.arange(length)[:, None] - torch.arange(length); return (d > 0) & (d < window)", "look at itself")],
-    "attention_by_loops": [("return scaled_dot_product_attention(q, k, v)", "looks ahead"),
-                           ("m = torch.ones(len(q), len(q), dtype=torch.bool).tril(); return softmax((q @ k.T).masked_fill(~m, -math.inf)) @ v", "√d"),
-                           ("return torch.exp(q @ k.T / math.sqrt(q.shape[1])).tril() @ v", "sum to 1")],
-    "distance_bias": [("p = torch.arange(length); return slopes[:, None, None] * (p[:, None] - p)", "score lower"),
-                      ("p = torch.arange(length); return -slopes[:, None, None] * (p[:, None] - p + 1).clamp(min=0)", "itself must be 0"),
-                      ("p = torch.arange(length); return -slopes.flip(0)[:, None, None] * (p[:, None] - p)", "exchanged")],
-    "cache_bytes": [("return config.n_layer * config.n_embd * tokens * bytes_per_number", "keys alone"),
-                    ("return 2 * config.n_embd * tokens * bytes_per_number", "one layer"),
-                    ("return 2 * config.n_layer * config.n_head * config.n_embd * tokens * bytes_per_number", "share the width"),
-                    ("return 2 * config.n_layer * config.n_embd * config.context_length * bytes_per_number", "seen so far"),
-                    ("return 2 * config.n_layer * config.n_embd * tokens", "count of numbers")],
-    "gpt2_parameters": [("return parameter_formula(GPTConfig(vocab_size, context_length, n_layer, 1, n_embd, tie_embeddings=False))", "output layer"),
-                        ("return parameter_formula(GPTConfig(vocab_size, context_length, n_layer, 1, n_embd, position='none'))", "table of positions"),
-                        ("return parameter_formula(GPTConfig(vocab_size, context_length, n_layer, 1, n_embd, bias=False))", "biases"),
-                        ("return parameter_formula(GPTConfig(vocab_size, context_length, n_layer, 1, n_embd)) - 2 * n_embd", "LayerNorm"),
-                        ("return 124439808", "for GPT-2 small alone")],
-    "cosine_rate": [("return 0.5 * (1 + math.cos(math.pi * step / max_steps))", "no warm-up"),
-                    ("return min(step / warmup_steps, 0.5 * (1 + math.cos(math.pi * max(0, step - warmup_steps) / (max_steps - warmup_steps))))", "step 0 is 0"),
-                    ("return min((step + 1) / (warmup_steps + 1), (max_steps - step) / (max_steps - warmup_steps))", "straight line"),
-                    ("return min((step + 1) / (warmup_steps + 1), math.cos(math.pi / 4 * max(0, step - warmup_steps) / (max_steps - warmup_steps)))", "near 0")],
-    "lion_step": [("d = torch.sign(0.9 * momentum + 0.1 * gradient); return weight * (1 - rate * decay) + rate * d, 0.99 * momentum + 0.01 * gradient", "up the hill"),
-                  ("d = torch.sign(0.9 * momentum + 0.1 * gradient); return weight - rate * d, 0.99 * momentum + 0.01 * gradient", "weight decay"),
-                  ("return weight * (1 - rate * decay) - rate * torch.sign(gradient), 0.99 * momentum + 0.01 * gradient", "gradient alone"),
-                  ("d = 0.9 * momentum + 0.1 * gradient; return weight * (1 - rate * decay) - rate * d, 0.99 * momentum + 0.01 * gradient", "sign is missing"),
-                  ("d = torch.sign(0.9 * momentum + 0.1 * gradient); return weight * (1 - rate * decay) - rate * d, 0.9 * momentum + 0.1 * gradient", "0.99"),
-                  ("d = torch.sign(0.9 * momentum + 0.1 * gradient); weight.mul_(1 - rate * decay).sub_(rate * d); return weight, 0.99 * momentum + 0.01 * gradient",
-                   "changes its arguments")],
-    "perplexity_of": [("return len(probabilities) / sum(probabilities)", "mean of the probabilities"),
-                      ("return sum(1 / p for p in probabilities) / len(probabilities)", "mean of 1 / p"),
-                      ("return math.exp(-sum(map(math.log, probabilities)))", "take their mean"),
-                      ("return -sum(map(math.log, probabilities)) / len(probabilities)", "exponential"),
-                      ("return math.exp(sum(map(math.log, probabilities)) / len(probabilities))", "sign is missing"),
-                      ("return float(np.prod(probabilities) ** (-1 / len(probabilities)))", "underflows")],
-    "repetition_penalty": [("s = scores.clone(); s[list(set(written))] /= penalty; return s", "larger"),
-                           ("s = scores.clone()\n    for t in written:\n        s[t] = s[t] / penalty if s[t] > 0 else s[t] * penalty\n    return s", "punished once"),
-                           ("for t in set(written):\n        scores[t] = scores[t] / penalty if scores[t] > 0 else scores[t] * penalty\n    return scores", "changes its argument")],
-    "beam_search": [("text = []\n    for _ in range(length):\n        p = next_log_probabilities(text)\n        text = text + [p.index(max(p))]\n    return text", "likeliest token at each step"),
-                    ("best = max(itertools.product(range(len(next_log_probabilities([]))), repeat=length), key=lambda t: sum(next_log_probabilities(list(t[:i]))[t[i]] "
-                     "for i in range(length)))\n    return list(best)", "greedy")],
-    "induction_weight": [("last, found = {}, []\n    for i, t in enumerate(tokens):\n        if t in last:\n            found.append(float(weights[i, last[t]]))\n        last[t] = i\n"
-                          "    return sum(found) / len(found) if found else 0.0", "earlier use itself"),
-                         ("last, found = {}, []\n    for i, t in enumerate(tokens):\n        if t in last:\n            found.append(float(weights[i, last[t] + 1]))\n        last[t] = i\n"
-                          "    return sum(found) / len(tokens)", "divides by all tokens"),
-                         ("last, found = {}, []\n    for i, t in enumerate(tokens):\n        if t in last:\n            found.append(float(weights[i, last[t] + 1]))\n        last[t] = i\n"
-                          "    return sum(found)", "mean")],
+FORMULA = "return parameter_formula(GPTConfig(vocab_size, context_length, n_layer, 1, n_embd"
+COSINE, MIX = "0.5 + 0.5 * math.cos(math.pi *", "torch.sign(0.9 * momentum + 0.1 * gradient)"
+WRONG = {  # [(what its check must say, a wrong answer), or (…, part of the solution, its edit)]
+    "compression_ratio": [
+        ("tokens per byte", "return len(tokenizer.encode_ordinary(text)) / len(text.encode())"),
+        ("counts characters", "text.encode()", "text"), ("returns nothing", "return ", "")],
+    "decode_tokens": [("Join all bytes", "return ''.join(vocabulary[i].decode() for i in ids)"),
+        ("Join all bytes", "return ''.join(vocabulary[i].decode(errors='replace') for i in ids)"),
+        ("must return str", '.decode(errors="replace")', ""), ("errors=", 'errors="replace"', "")],
+    "input_and_target": [
+        ("shift the target", "start + 1:start + length + 1", "start:start + length"),
+        ("shift the other way", "start + 1:start + length + 1", "start - 1:start + length - 1"),
+        ("should give", "return tokens[start:length], tokens[start + 1:length + 1]"),
+        ("must return tuple", "return tokens[start:start + length]")],
+    "to_bits_per_byte": [("divide by math.log(2)", " / math.log(2)", ""),
+        ("bits per token", "return nats_per_token / math.log(2)"),
+        ("fewer bits per byte", "return nats_per_token / math.log(2) * text_bytes / tokens"),
+        ("wrong side", "/ math.log(2)", "* math.log(2)")],
+    "log_softmax": [("softmax itself", "return torch.softmax(z, -1)"),
+        ("overflow", "return torch.softmax(z, -1).log()"),
+        ("overflow", "z = z - z.amax(-1, keepdim=True)", "pass"),
+        ("not the rows", "z - z.exp().sum(-1", "z - z.exp().sum(0")],
+    "softmax_backward": [("second half", "return p * upstream"),
+        ("diagonal", "return p * (1 - p) * upstream"), ("all rows", "-1, keepdim=True", "")],
+    "sliding_mask": [
+        ("whole causal mask", "return torch.ones(length, length, dtype=torch.bool).tril()"),
+        ("of bool", "return torch.ones(length, length).tril()"),
+        ("look ahead", "(distance >= 0) & (distance", "(distance.abs()"),
+        ("one too wide", "< window", "<= window"), ("look at itself", ">= 0", "> 0")],
+    "attention_by_loops": [("looks ahead", "return scaled_dot_product_attention(q, k, v)"),
+        ("√d", " / len(q[i])**0.5", ""), ("sum to 1", " / sum(powers)", "")],
+    "distance_bias": [("lower score", "-slopes", "slopes"),
+        ("exchanged", "-slopes", "-slopes.flip(0)"),
+        ("itself must be 0", "[:, None] - torch", "[:, None] + 1 - torch")],
+    "cache_bytes": [("keys alone", "2 * ", ""), ("one layer", "config.n_layer * ", ""),
+        ("share the width", "n_embd", "n_embd * config.n_head"),
+        ("seen so far", "tokens", "config.context_length"), ("count", " * bytes_per_number", "")],
+    "gpt2_parameters": [("output layer", FORMULA + ", tie_embeddings=False))"),
+        ("table of positions", FORMULA + ", position='none'))"),
+        ("biases", FORMULA + ", bias=False))"), ("LayerNorm", FORMULA + ")) - 2 * n_embd"),
+        ("LayerNorm", "norm = 2 * n_embd", "norm = n_embd"), ("GPT-2 small", "return 124439808")],
+    "cosine_rate": [("no warm-up", "step < warmup_steps", "False"),
+        ("step 0 is 0", "(step + 1) / (warmup_steps + 1)", "step / warmup_steps"),
+        ("straight line", COSINE, "1 - ("), ("near 0", COSINE, "math.cos(math.pi / 4 *")],
+    "lion_step": [("uphill", "- rate * direction", "+ rate * direction"),
+        ("Weight decay is missing", "* (1 - rate * decay)", ""),
+        ("gradient alone", MIX, "torch.sign(gradient)"), ("sign is missing", "torch.sign", ""),
+        ("0.99", "0.99 * momentum + 0.01", "0.9 * momentum + 0.1"),
+        ("changes its arguments", "weight * (1 - rate", "weight.mul_(1 - rate")],
+    "perplexity_of": [
+        ("mean of the probabilities", "return len(probabilities) / sum(probabilities)"),
+        ("mean of 1 / p", "return sum(1 / p for p in probabilities) / len(probabilities)"),
+        ("take their mean", " / len(probabilities)", ""), ("exponential", "math.exp", ""),
+        ("sign is missing", "-sum", "sum"),
+        ("underflows", "return math.prod(probabilities) ** (-1 / len(probabilities))")],
+    "repetition_penalty": [
+        ("is larger", "penalty if logits[token] < 0 else 1 / penalty", "1 / penalty"),
+        ("punished once", "set(written)", "written"), ("changes its argument", ".clone()", "")],
+    "beam_search": [("greedy", "[:width]", ""), ("logarithms", "total + p", "p"),
+        ("likeliest token", "[:width]", "[:1]")],
+    "induction_weight": [
+        ("itself", "] + 1]", "]]"), ("divides by all tokens", "/ len(found)", "/ len(tokens)"),
+        ("the mean", " / len(found)", ""), ("occurred before", " if found else 0.0", "")],
 }
 
 
@@ -87,60 +80,51 @@ def space():
     return load_library().__dict__
 
 
-def stubs():
-    """{name: (source of the definition, source of its cell)}"""
-    found = {}
-    for source in cells_with_tag("exercise"):
-        (definition,) = [node for node in ast.parse(source).body if isinstance(node, ast.FunctionDef)]
-        found[definition.name] = (ast.get_source_segment(source, definition), source)
-    return found
+def functions(tag):
+    """{name: source} of the functions in the cells with this tag."""
+    return {node.name.removesuffix("_solution"): ast.get_source_segment(source, node)
+            for source in cells_with_tag(tag) for node in ast.parse(source).body
+            if isinstance(node, ast.FunctionDef)}
 
 
-def verdict(space, name, answer):
+def verdict(space, name, *answer):
+    """What the check says of a stub, of the same with a body, or of the solution with an edit."""
+    own, source = dict(space), functions("exercise")[name]
+    if answer:
+        body = functions("solution")[name].split("\n", 1)[1].strip()
+        assert len(answer) == 1 or answer[0] in body
+        source = source.split('"""')[0] + (body.replace(*answer) if answer[1:] else answer[0])
+    exec(source, own)
+    said = space["check_exercise"](own[name])
+    assert "\n" not in said
+    return said
+
+
+def test_there_are_enough_exercises_in_three_levels(space):
+    cells = json.loads(NOTEBOOK.read_text(encoding="utf-8"))["cells"]
+    prose = "\n".join("".join(c["source"]) for c in cells if c["cell_type"] == "markdown")
+    levels = {name: stars for stars, name in re.findall(r"^- (★+) `(\w+)`", prose, re.M)}
+    assert list(levels) == list(functions("exercise")) == list(WRONG) == space["EXERCISES"]
+    assert len(levels) >= 12 and set(levels.values()) == {"★", "★★", "★★★"}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_an_untouched_stub_and_code_that_breaks_are_reported(space, name):
+    assert verdict(space, name) == "not done yet"
+    assert "It stopped with NameError" in verdict(space, name, "return undefined_name")
+
+
+@pytest.mark.parametrize("name, words, answer", [(n, w, a) for n in WRONG for w, *a in WRONG[n]])
+def test_a_typical_mistake_is_named(space, name, words, answer):
+    said = verdict(space, name, *answer)
+    assert said.startswith("not right yet.") and words in said, said
+
+
+def test_one_cell_checks_everything_and_the_solutions_pass():
+    space, sources = vars(load_library()), ["".join(c["source"]) for _, c in code_cells()]
+    cells = [s for s in sources if "check_exercise(globals()" in s and "def " not in s]
     with contextlib.redirect_stdout(io.StringIO()) as out:
-        space["check_exercise"](answer, space[f"check_{name}"])
-    return out.getvalue().endswith(": right\n"), out.getvalue()
-
-
-def with_body(space, name, body):
-    """The stub with another body."""
-    head = stubs()[name][0].split('"""')[0]
-    own = dict(space)
-    exec(head + body.strip(), own)
-    return own[name]
-
-
-def test_there_are_enough_exercises_in_three_levels():
-    prose = "\n".join("".join(cell["source"]) for cell in json.loads(NOTEBOOK.read_text(encoding="utf-8"))["cells"] if cell["cell_type"] == "markdown")
-    levels = re.findall(r"^\*\*(★+) ", prose, re.M)
-    assert len(levels) == len(stubs()) >= 12 and set(levels) == {"★", "★★", "★★★"} and set(WRONG) == set(stubs())
-
-
-@pytest.mark.parametrize("name", WRONG)
-def test_an_untouched_stub_says_so_in_one_line(space, name):
-    own = dict(space)
-    with contextlib.redirect_stdout(io.StringIO()) as out:
-        exec(stubs()[name][1], own)
-    assert out.getvalue() == f"not done yet: {name}\n"
-
-
-@pytest.mark.parametrize("name", WRONG)
-def test_the_solution_passes(space, name):
-    own = dict(space)
-    with contextlib.redirect_stdout(io.StringIO()):
-        for source in cells_with_tag("solution"):
-            exec(source, own)
-    right, words = verdict(space, name, own[f"{name}_solution"])
-    assert right and words == f"{name}_solution: right\n"
-
-
-@pytest.mark.parametrize("name, body, words", [(name, *case) for name, cases in WRONG.items() for case in cases])
-def test_a_typical_mistake_is_named(space, name, body, words):
-    right, said = verdict(space, name, with_body(space, name, body))
-    assert not right and words in said and said.count("\n") == 1, said
-
-
-@pytest.mark.parametrize("name", WRONG)
-def test_code_that_breaks_is_reported_without_a_traceback(space, name):
-    right, said = verdict(space, name, with_body(space, name, "return undefined_name"))
-    assert not right and "NameError" in said
+        for source in [*cells_with_tag("exercise"), *cells_with_tag("solution")[:-1], *cells * 2]:
+            exec(source, space)
+    unsolved = [f"{name:19} not done yet" for name in WRONG]
+    assert out.getvalue().splitlines() == 2 * (unsolved + [f"all {len(WRONG)} solutions are right"])

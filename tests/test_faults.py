@@ -1,38 +1,56 @@
-"""Nothing lost, nothing let in: kills, full disks, damaged files, interrupts, stale state, bad input."""
-import contextlib
-import dataclasses
-import hashlib
-import io
-import json
-import math
-import os
-import pathlib
-import random
-import re
-import shutil
-import signal
-import subprocess
-import sys
-import tempfile
-import threading
-import time
+"""Nothing lost, nothing let in: kills, full disks, damaged files, the stop button, stale state, bad input."""
+import contextlib, dataclasses, math, os, pathlib, random, re, shutil, signal, subprocess, sys, threading, time
 
+import filelock
 import numpy as np
 import pytest
 import torch
 
 import referees
-from conftest import NOTEBOOK, code_cells, execute_notebook, finish_notebook, load_library, start_notebook
-from test_library import make_run
+from conftest import cells_of_sections, load_library
 
 pytestmark = pytest.mark.faults
-HERE = pathlib.Path(__file__).parent
+posix = pytest.mark.skipif(os.name != "posix", reason="needs POSIX signals, limits and permissions")
 TOKENS = torch.randint(300, (500,), generator=torch.Generator().manual_seed(0))
+MERGES = [(b"a", b"b")]
+SMALL = dict(context_length=16, n_embd=16, max_steps=12, batch_size=2, evaluations=2, dropout=0.1)
 
 
 @pytest.fixture(scope="module")
 def tokenizer(library):
-    return library.build_tokenizer(library.train_bpe(["def f(x):\n    return x + 1", "for item in items:\n        print(item)"] * 3, 300))
+    texts = ["def f(x):\n    return x + 1", "for item in items:\n        print(item)"] * 3
+    return library.build_tokenizer(library.train_bpe(texts, 300))
+
+
+class Run:
+    """A small run before its first step. before_step(run) is called whenever a step is under way."""
+
+    def __init__(self, library, seed=1337, before_step=None, **changes):
+        self.library, self.settings = library, library.make_settings("smoke", **{**SMALL, **changes})
+        torch.manual_seed(seed)
+        self.model = library.GPT(library.make_config(self.settings, 300))
+        self.optimizers = library.make_optimizers(self.model, self.settings)
+        self.generator, self.history = torch.Generator().manual_seed(seed), library.new_history()
+        if before_step:
+            self.model.register_forward_pre_hook(lambda *_: before_step(self))
+
+    def save(self, path):
+        self.library.save_checkpoint(path, self.model, self.optimizers, self.history, self.settings, MERGES,
+                                     self.generator, "stamp")
+
+    def pick_up(self, path):
+        self.history = self.library.starting_history(self.settings, pathlib.Path(path), self.model, self.optimizers,
+                                                     self.generator, MERGES, "stamp")
+        return self
+
+    def train(self, path, **options):
+        self.library.train_safely(path, self.model, self.optimizers, TOKENS, self.settings, self.history, self.generator,
+                                  torch.float32, None, MERGES, "stamp", show=False, **options)
+        return self
+
+    def state(self):
+        return [self.model.state_dict(), [optimizer.state_dict() for optimizer in self.optimizers], self.history["loss"],
+                self.history["norm"], self.generator.get_state()]
 
 
 def same(a, b):
@@ -46,578 +64,402 @@ def same(a, b):
     return a == b
 
 
-# 1. Bit-exact resume
-
-@pytest.mark.parametrize("optimizer, kill_after", [("muon", 1), ("muon", 7), ("adamw", 4)])
-def test_killed_and_resumed_in_a_new_process_is_the_same_to_the_bit(library, tokenizer, tmp_path, monkeypatch, optimizer, kill_after):
-    monkeypatch.setattr(library, "NOTEBOOK_FILE", str(NOTEBOOK))
-    library.write_tokens(tmp_path / "t.bin", ["for item in items: print(item)"] * 30, tokenizer, "stamp")
-    folders = [tmp_path / name for name in ("killed", "whole")]
-    arguments = [[str(tmp_path / "t.bin"), "stamp", str(folder), 12, {"optimizer": optimizer}] for folder in folders]
-    assert library.run_child(arguments[0], kill_after=kill_after)[-1] != "step 12"
-    assert re.match(r"goes on after step \d+", library.run_child(arguments[0])[0])
-    library.run_child(arguments[1])
-    contents = [library.read_checkpoint(folder / "run.pt") for folder in folders]
-    for content in contents:
-        assert len(content["history"]["loss"]) == 12
-        content["history"].pop("seconds")
-    assert same(*contents)
-
-    texts, batches = [], []                                      # what both write, and what both would read next
-    for folder in folders:
-        model, generator = library.GPT(library.GPTConfig(**contents[0]["config"])), torch.Generator()
-        library.load_checkpoint(folder / "run.pt", model, generator=generator)
-        texts.append(library.generate(model, tokenizer, "for", 40, seed=0))
-        batches.append(library.get_batch(TOKENS, 2, 16, "cpu", generator))
-    assert texts[0] == texts[1] and same(*batches)
+@contextlib.contextmanager
+def refused(words, kind=ValueError):
+    """The block must end in an error of this kind: one sentence, with these words (a pattern)."""
+    with pytest.raises(kind, match=words) as caught:
+        yield
+    assert "\n" not in str(caught.value)
 
 
-def test_a_killed_run_loses_a_few_seconds_at_most(library):
-    settings, model, optimizers, generator, history = make_run(library)
-    saved_at = []
-    library.train(model, optimizers, TOKENS, settings, history, generator, save=lambda: saved_at.append(len(history["loss"])),
-                  save_every=0.1, report=lambda h: time.sleep(0.03))
-    assert len(saved_at) >= 2 and max(b - a for a, b in zip([0] + saved_at, saved_at + [12])) <= 5
-    assert library.train.__defaults__[-1] <= 10, "seconds between checkpoints of the main run"
+# 1. Kills and stops, and resume to the bit. What runs in a process of its own is a function of this file.
+
+def start(*function_and_arguments):
+    program = "import sys, test_faults as t; getattr(t, sys.argv[1])(*sys.argv[2:])"
+    return subprocess.Popen([sys.executable, "-c", program, *map(str, function_and_arguments)], text=True,
+                            cwd=pathlib.Path(__file__).parent, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+
+
+def train_slowly(path):
+    def slowly(run):
+        print("after step", len(run.history["loss"]), flush=True)
+        time.sleep(0.03)
+    Run(load_library(), before_step=slowly).pick_up(path).train(path, save_every=0)
+
+
+@posix
+def test_killed_and_resumed_in_a_new_process_is_the_same_to_the_bit(library, tmp_path):
+    path, process = tmp_path / "run.pt", start("train_slowly", tmp_path / "run.pt")
+    for line in process.stdout:
+        if line == "after step 7\n":
+            process.kill()
+    assert process.wait() == -signal.SIGKILL
+    printed = start("train_slowly", path).communicate(timeout=300)[0]
+    assert re.match(r"picked up the checkpoint .* at step [78]\n", printed), printed
+    whole = Run(library).train(tmp_path / "whole.pt")
+    assert len(whole.history["loss"]) == 12 and same(Run(library, seed=5).pick_up(path).state(), whole.state())
+
+
+def kill_while_saving(path, kills):
+    torch.set_num_threads(1)
+    library, rng = load_library(), random.Random(0)
+    run, steps = Run(library), []
+    for _ in range(int(kills)):
+        if not (child := os.fork()):
+            while run.history["loss"].append(0.5) is None:
+                run.save(path)
+        while not os.path.exists(path):
+            time.sleep(0.01)
+        time.sleep(rng.uniform(0, 0.12))
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        for file in (path, library.previous_checkpoint(path)):      # each of the two is whole, or not there
+            assert not os.path.exists(file) or library.read_checkpoint(file)
+        run.history = library.load_checkpoint(path, run.model, run.optimizers, run.generator)["history"]
+        assert len(run.history["loss"]) >= len(steps)
+        steps = list(run.history["loss"])
+    print("saves", len(steps))
+
+
+@posix
+@pytest.mark.parametrize("kills", [15, pytest.param(200, marks=pytest.mark.slow)])
+def test_a_valid_checkpoint_after_every_kill(tmp_path, kills):
+    printed = (process := start("kill_while_saving", tmp_path / "run.pt", kills)).communicate(timeout=600)[0]
+    assert process.returncode == 0, printed
+    assert int(printed.split()[-1]) > kills, "it must have saved between the kills"
+    assert set(os.listdir(tmp_path)) <= {"run.pt", "run.previous.pt", "run.pt.part"}
+
+
+@posix
+@pytest.mark.parametrize("optimizer, step, by_signal", [("muon", 1, True), ("muon", 7, False), ("adamw", 4, True)])
+def test_the_stop_button_ends_after_a_whole_step_and_nothing_is_lost(library, tmp_path, optimizer, step, by_signal):
+    path, button, usual = tmp_path / "run.pt", threading.Event(), signal.getsignal(signal.SIGINT)
+
+    def press(run):                                         # in the middle of a step
+        if len(run.history["loss"]) == step - 1:
+            os.kill(os.getpid(), signal.SIGINT) if by_signal else button.set()
+    whole = Run(library, optimizer=optimizer).train(tmp_path / "whole.pt")
+    run = Run(library, before_step=press, optimizer=optimizer)
+    with refused(f"^stopped after step {step}; run the cell again to go on$", KeyboardInterrupt):
+        run.train(path, stop=None if by_signal else button)
+    assert len(run.history["loss"]) == step and signal.getsignal(signal.SIGINT) is usual
+    shutil.copy(path, tmp_path / "copy.pt")
+    assert same(run.train(path).state(), whole.state())     # the cell run again
+    anew = Run(library, seed=5, optimizer=optimizer).pick_up(tmp_path / "copy.pt")
+    assert len(anew.history["loss"]) == step and same(anew.train(path).state(), whole.state())      # another kernel
+
+
+@posix
+@pytest.mark.long
+def test_the_stop_button_of_a_kernel(library, tmp_path):
+    """JupyterLab's button interrupts the kernel. The run cell goes on when run again; a second notebook is told so."""
+    from jupyter_client.manager import start_new_kernel
+    environment = {**os.environ, "GPT_PRESET": "smoke", "HF_HUB_OFFLINE": "1", "MPLBACKEND": "agg"}
+    manager, client = start_new_kernel(cwd=str(tmp_path), env=environment)
+    try:
+        sources = [source for source, _ in cells_of_sections(0, 9)]
+        place = next(i for i, source in enumerate(sources) if "measure=measure)" in source)
+        changed = "settings = dataclasses.replace(settings, max_steps=5000, evaluations=100)"
+        for source in [*sources[:place], changed]:
+            reply = client.execute(source, reply=True, timeout=300)["content"]
+            assert reply["status"] == "ok", reply
+        stops = [0]
+        for _ in range(2):
+            begun = time.time()
+            client.execute(sources[place])
+            while not (saved := [p for p in tmp_path.glob("checkpoints/*.pt") if p.stat().st_mtime > begun]):
+                time.sleep(0.1)
+            path = saved[0].with_name(saved[0].name.replace(".previous", ""))
+            with refused("^another notebook is training this very run", RuntimeError), library.locked(path):
+                pass
+            manager.interrupt_kernel()
+            reply = client.get_shell_msg(timeout=100)["content"]
+            assert reply["ename"] == "KeyboardInterrupt"
+            stops.append(int(re.match(r"stopped after step (\d+); run the cell again", reply["evalue"]).group(1)))
+            assert len(library.read_checkpoint(path)["history"]["loss"]) == stops[-1]
+        assert 0 < stops[1] < stops[2] < 5000
+    finally:
+        client.stop_channels()
+        manager.shutdown_kernel(now=True)
+
+
+# 2. Disks that refuse
+
+@posix
+def test_a_full_disk_is_said_and_the_run_goes_on(library, tokenizer, tmp_path, capsys):
+    def texts():
+        yield "abc"
+        raise OSError(28, "No space left on device")
+    run, path, part = Run(library), tmp_path / "run.pt", tmp_path / "run.pt.part"
+    run.save(path)
+    before = path.read_bytes()
+    part.symlink_to("/dev/full")
+    with refused("run.pt can't be written .No space left on device.; what stood there before is untouched", OSError):
+        run.save(path)
+    assert os.listdir(tmp_path) == ["run.pt"] and path.read_bytes() == before
+    part.symlink_to("/dev/full")
+    run.train(path, save_every=0)
+    words = r".*run\.pt can't be written \(No space .*untouched; the run goes on; checkpoint: none yet\n"
+    assert re.fullmatch(words, capsys.readouterr().out) and len(Run(library).pick_up(path).history["loss"]) == 12
+    with pytest.raises(OSError, match="No space"):
+        library.load_tokens(tmp_path / "tokens", "stamp", texts(), tokenizer)
+    assert os.listdir(tmp_path / "tokens") == []
+
+
+def test_a_refused_rename_leaves_a_checkpoint(library, tmp_path, monkeypatch):
+    run, replace = Run(library).train(tmp_path / "run.pt"), os.replace
+    for refuse in (1, 2):                   # the first rename keeps the checkpoint before, the second sets the new one
+        renames = iter((1, 2))
+        monkeypatch.setattr(os, "replace", lambda a, b: replace(a, b) if next(renames) != refuse else open("/no/such"))
+        with refused("run.pt can't be written .No such file", OSError):
+            run.save(tmp_path / "run.pt")
+        assert len(Run(library, seed=5).pick_up(tmp_path / "run.pt").history["loss"]) == 12
+        assert not list(tmp_path.glob("*.part"))
+
+
+def test_a_folder_that_can_t_be_written_is_said_and_the_run_goes_on(library, tmp_path, capsys):
+    (tmp_path / "file").write_text("no folder")
+    run = Run(library).train(tmp_path / "file" / "run.pt")
+    assert len(run.history["loss"]) == 12
+    assert re.match(r"no lock can be had for .*; training goes on without one\n.*run.pt can't be written \(.*\); what "
+                    "stood there before is untouched; the run goes on; checkpoint: none yet", capsys.readouterr().out)
 
 
 def test_a_save_that_takes_long_is_made_less_often(library):
-    """A large model's checkpoint takes seconds; every five seconds that would be half of the run."""
-    settings, model, optimizers, generator, history = make_run(library)
-    saved_at = []
-
-    def save():
-        saved_at.append(len(history["loss"]))
-        time.sleep(0.2)
-    library.train(model, optimizers, TOKENS, settings, history, generator, save=save, save_every=0.01, report=lambda h: time.sleep(0.03))
-    assert len(saved_at) == 1 and saved_at[0] < 4                # twelve steps take less than the four seconds that must pass now
-
-
-# 2. Atomic and durable
-
-KILL_LOOP = """
-import os, random, signal, sys, time
-sys.path.insert(0, sys.argv[1])
-import torch
-from conftest import load_library
-import test_library
-torch.set_num_threads(1)
-lib, path, kills = load_library(), sys.argv[2], int(sys.argv[3])
-settings, model, optimizers, generator, history = test_library.make_run(lib)
-last, rng = 0, random.Random(int(sys.argv[3]))
-for kill in range(kills):
-    child = os.fork()
-    if child == 0:
-        step = last
-        while True:
-            step += 1
-            lib.save_checkpoint(path, model, optimizers, step, history, settings, [], generator, "stamp")
-    while not os.path.exists(path):
-        time.sleep(0.01)
-    time.sleep(rng.uniform(0, 0.12))
-    os.kill(child, signal.SIGKILL)
-    os.waitpid(child, 0)
-    for file in (path, lib.previous_checkpoint(path)):      # each of the two is whole, or not there
-        if os.path.exists(file):
-            lib.read_checkpoint(file)
-    step = lib.load_checkpoint(path, model, optimizers, generator)["step"]
-    assert step >= last, (step, last)
-    last = step
-with lib.locked(path):
-    pass
-left = [name for name in os.listdir(os.path.dirname(path)) if name.endswith(".part")]
-assert not left, left
-print("kills", kills, "saves", last)
-"""
-
-
-@pytest.mark.skipif(os.name != "posix", reason="needs fork")
-@pytest.mark.parametrize("kills", [20, pytest.param(200, marks=pytest.mark.slow)])
-def test_a_valid_checkpoint_after_every_kill(tmp_path, kills):
-    done = subprocess.run([sys.executable, "-c", KILL_LOOP, str(HERE), str(tmp_path / "run.pt"), str(kills)], capture_output=True, text=True,
-                          env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=1200)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert int(done.stdout.split()[-1]) > kills, "it must have saved between the kills"
-
-
-@contextlib.contextmanager
-def largest_file(size):
-    import resource
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-        signal.signal(signal.SIGXFSZ, handler)
-
-
-@pytest.mark.skipif(os.name != "posix", reason="needs limits on file sizes")
-def test_a_disk_that_refuses_leaves_what_was_there(library, tokenizer, tmp_path):
-    settings, model, optimizers, generator, history = make_run(library)
-    path, tokens = tmp_path / "run.pt", tmp_path / "t.bin"
-    library.save_checkpoint(path, model, optimizers, 1, history, settings, [], generator, "s")
-    library.write_tokens(tokens, ["abc"], tokenizer, "s")
-    before = {name: (tmp_path / name).read_bytes() for name in ("run.pt", "t.bin")}
-    with largest_file(700):
-        with pytest.raises(OSError, match="run.pt can't be written .*untouched"):
-            library.save_checkpoint(path, model, optimizers, 2, history, settings, [], generator, "s")
-        with pytest.raises(OSError, match="t.bin can't be written .*untouched"):
-            library.write_tokens(tokens, ["abc def " * 500], tokenizer, "s")
-    assert {name: (tmp_path / name).read_bytes() for name in os.listdir(tmp_path)} == before
-
-
-def test_a_full_disk_is_said_and_the_run_goes_on(library, tmp_path, capsys):
-    mount = tmp_path / "small"
-    mount.mkdir()
-    if os.name != "posix" or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=400k", "tmpfs", str(mount)], capture_output=True).returncode:
-        pytest.skip("needs the right to mount a small tmpfs")
-    try:
-        settings, model, optimizers, generator, history = make_run(library)
-        save = lambda: library.save_checkpoint(mount / "run.pt", model, optimizers, len(history["loss"]), history, settings, [], generator, "s") or "run.pt"
-        measure = lambda step: (mount / "filler").write_bytes(b"x" * (390_000 - os.stat(mount / "run.pt").st_size)) and {} if step == 12 else {}
-        library.train(model, optimizers, TOKENS, settings, history, generator, measure=measure, save=save)
-        assert len(history["loss"]) == 12
-        printed = capsys.readouterr().out
-        assert re.search(r"run\.pt can't be written \(No space left on device\).*the run goes on; last good checkpoint: run\.pt, after step 3$", printed, re.M)
-        assert library.load_checkpoint(mount / "run.pt", model)["step"] == 3
-        assert sorted(os.listdir(mount)) == ["filler", "run.pt"]
-    finally:
-        subprocess.run(["umount", str(mount)])
-
-
-@contextlib.contextmanager
-def without_root():
-    """Root may write and read everything; nobody may not."""
-    if os.geteuid():
-        yield
-        return
-    os.seteuid(65534)
-    try:
-        yield
-    finally:
-        os.seteuid(0)
-
-
-@pytest.fixture
-def open_folder():
-    """A folder that other users can enter."""
-    folder = pathlib.Path(tempfile.mkdtemp())
-    folder.chmod(0o755)
-    yield folder
-    shutil.rmtree(folder)
-
-
-@pytest.mark.skipif(os.name != "posix", reason="needs POSIX permissions")
-def test_read_only_folder_is_said_and_the_run_goes_on(library, open_folder, capsys):
-    settings, model, optimizers, generator, history = make_run(library)
-    open_folder.chmod(0o555)
-    save = lambda: library.save_checkpoint(open_folder / "run.pt", model, optimizers, 0, history, settings, [], generator, "s")
-    with without_root():
-        library.train(model, optimizers, TOKENS, settings, history, generator, measure=lambda step: {}, save=save)
-    assert len(history["loss"]) == 12 and "run.pt can't be written (Permission denied)" in capsys.readouterr().out
-    assert os.listdir(open_folder) == []
+    saved_at, run = [], Run(library, before_step=lambda run: time.sleep(0.01))
+    hook = library.AfterStep(run.settings, run.history, threading.Event(), save_every=0.001, show=False,
+                             save=lambda: saved_at.append(len(run.history["loss"])) or time.sleep(0.3))
+    library.train(run.model, run.optimizers, TOKENS, run.settings, run.history, run.generator, after_step=hook)
+    assert saved_at[1:] == [12] and saved_at[0] < 4         # steps take less than the six seconds between saves
 
 
 # 3. Safe to open
-
-def saved(library, path):
-    settings, model, optimizers, generator, history = make_run(library)
-    library.save_checkpoint(path, model, optimizers, 3, history, settings, [(b"a", b"b")], generator, "stamp")
-    return model, optimizers, generator
-
-
-def sealed(library, body, version=None):
-    """A file with a valid checksum around any body."""
-    version = library.CHECKPOINT_VERSION if version is None else version
-    return library.CHECKPOINT_MAGIC + version.to_bytes(4, "little") + hashlib.sha256(body).digest() + body
-
 
 class Payload:
     def __reduce__(self):
         return os.mkdir, (str(Payload.target),)
 
 
-def test_a_payload_never_runs(library, tmp_path):
-    Payload.target = tmp_path / "ran"
-    model, path = library.GPT(referees.small_config(library)), tmp_path / "evil.pt"
-    buffer = io.BytesIO()
-    torch.save({"config": Payload()}, buffer)
-    for content, words in ((buffer.getvalue(), "does not begin as one"), (sealed(library, buffer.getvalue()), "nothing in it was run")):
-        path.write_bytes(content)
-        with pytest.raises(ValueError, match=words):
-            library.load_checkpoint(path, model)
+def test_a_stranger_s_checkpoint_runs_nothing(library, tmp_path):
+    Payload.target, run, path = tmp_path / "ran", Run(library), tmp_path / "run.pt"
+    run.save(path)
+    content = torch.load(path, weights_only=True)
+    for evil, zipped in ((Payload(), True), ({**content, "config": Payload()}, True), (Payload(), False)):
+        torch.save(evil, path, _use_new_zipfile_serialization=zipped)
+        with refused("is no whole checkpoint .*nothing in it was run; delete it"):
+            library.load_checkpoint(path, run.model)
     assert not Payload.target.exists()
 
 
 def test_foreign_checkpoints_are_refused_and_change_nothing(library, tmp_path, capsys):
-    path = tmp_path / "run.pt"
-    model, optimizers, generator = saved(library, path)
-    good = path.read_bytes()
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    with pytest.raises(ValueError, match="another architecture: its n_layer is 2, but the settings say 3"):
-        library.load_checkpoint(path, library.GPT(dataclasses.replace(model.config, n_layer=3)))
-    with pytest.raises(ValueError, match="another tokenizer"):
-        library.load_checkpoint(path, model, merges=[(b"a", b"c")])
-    with pytest.raises(ValueError, match="optimisers"):
-        library.load_checkpoint(path, model, optimizers[:1])
-    content = torch.load(io.BytesIO(good[44:]), weights_only=True)
-    for change, words in (({"model": {}}, "doesn't hold the parameters"), ({"history": 3}, "'history' is missing or of another type"),
-                          ({"optimizers": content["optimizers"][::-1]}, "other optimisers")):
-        buffer = io.BytesIO()
-        torch.save({**content, **change}, buffer)
-        path.write_bytes(sealed(library, buffer.getvalue()))
-        with pytest.raises(ValueError, match=words):
-            library.load_checkpoint(path, model, optimizers)
-    path.write_bytes(sealed(library, good[44:], version=99))
-    with pytest.raises(ValueError, match="version 99, but this notebook reads version 2"):
-        library.load_checkpoint(path, model)
-    assert same(before, model.state_dict())
-    path.write_bytes(good)
-    assert library.load_checkpoint(path, model, optimizers, generator, [(b"a", b"b")], "other stamp")["step"] == 3
-    assert "another corpus" in capsys.readouterr().out
+    path, run = tmp_path / "run.pt", Run(library).train(tmp_path / "run.pt")
+    content, run, changed = torch.load(path, weights_only=True), Run(library, seed=5), Run(library, optimizer="adamw")
+    before = [t.clone() for t in run.state()[0].values()], run.generator.get_state(), torch.get_rng_state()
+    cases = [({}, Run(library, n_layer=3), {}, "another architecture: its n_layer is 2, here it is 3"),
+             ({}, run, dict(merges=[(b"a", b"c")]), "another tokenizer"),
+             ({}, run, dict(merges=MERGES, stamp="other"), "trained on other data"),
+             ({}, changed, {}, "other parameters or optimisers")]
+    cases += [(change, run, {}, "") for change in (
+        {"model": {}}, {"history": 3}, {"optimizers": content["optimizers"][::-1]}, {"optimizers": []})]
+    torch.set_rng_state(before[2])
+    for change, into, options, words in cases:
+        torch.save({**content, **change}, path)
+        with refused(f"{words}.* delete it to train again"):
+            library.load_checkpoint(path, into.model, into.optimizers, into.generator, **options)
+    assert same(before, (list(run.state()[0].values()), run.generator.get_state(), torch.get_rng_state()))
+    assert run.pick_up(path).history["loss"] == [] and "training starts afresh: " in capsys.readouterr().out
 
 
 def test_a_damaged_checkpoint_gives_way_to_the_one_before(library, tmp_path, capsys):
-    path = tmp_path / "run.pt"
-    settings, model, optimizers, generator, history = make_run(library)
-    for step in (1, 2, 3):
-        library.save_checkpoint(path, model, optimizers, step, history, settings, [], generator, "s")
+    path, run = tmp_path / "run.pt", Run(library)
+    for loss in (3.0, 2.0, 1.0):
+        run.history["loss"].append(loss)
+        run.save(path)
     path.write_bytes(path.read_bytes()[:-1])
-    assert library.load_checkpoint(path, model)["step"] == 2
-    assert "the one before is used" in capsys.readouterr().out and sorted(os.listdir(tmp_path)) == ["run.previous.pt", "run.pt"]
+    assert run.pick_up(path).history["loss"] == [3.0, 2.0]
+    assert "the checkpoint before the last one is used: " in capsys.readouterr().out
     path.unlink()
-    assert library.load_checkpoint(path, model)["step"] == 2
+    assert run.pick_up(path).history["loss"] == [3.0, 2.0] and os.listdir(tmp_path) == ["run.previous.pt"]
+    library.previous_checkpoint(path).write_bytes(b"")
+    assert run.pick_up(path).history["loss"] == [] and "training starts afresh: " in capsys.readouterr().out
 
 
 def mutated(good, rng):
-    data = bytearray(good)
-    kind = rng.randrange(5)
-    if kind == 0:                                            # one bit, anywhere
-        data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
-    elif kind == 1:                                          # cut off
-        del data[rng.randrange(len(data)):]
-    elif kind == 2:                                          # a byte in the first hundred
-        data[rng.randrange(min(100, len(data)))] = rng.randrange(256)
-    elif kind == 3:                                          # a stretch of noise
-        start = rng.randrange(len(data))
-        data[start:start + 20] = rng.randbytes(20)
-    else:                                                    # something put in
-        at = rng.randrange(len(data))
-        data[at:at] = rng.randbytes(rng.randrange(1, 9))
+    data, at, kind = bytearray(good), rng.randrange(len(good)), rng.randrange(4)
+    if kind == 0:
+        data[at] ^= 1 << rng.randrange(8)                   # one bit, anywhere
+    elif kind == 1:
+        data[-1 - at % 2000] ^= 1 << rng.randrange(8)       # one in the table of contents, at the end
+    else:
+        data[at:[None, at + 20][kind - 2]] = rng.randbytes(rng.randrange(9))    # cut off; a piece replaced
     return bytes(data)
 
 
-def test_fuzzed_files_never_load_wrongly(library, tokenizer, tmp_path):
-    rng, refused = random.Random(0), 0
-    path = tmp_path / "run.pt"
-    model, _, _ = saved(library, path)
-    expected = library.read_checkpoint(path)
-    tokens = tmp_path / "t.bin"
-    library.write_tokens(tokens, ["for item in items", "print(x)"] * 5, tokenizer, "stamp")
-    expected_tokens, expected_size = library.read_tokens(tokens, "stamp")
-    expected_tokens = expected_tokens.copy()
-    for file, good in ((path, path.read_bytes()), (tokens, tokens.read_bytes())):
-        for _ in range(1200):
-            file.write_bytes(mutated(good, rng))
-            try:
-                if file == path:
-                    assert same(library.read_checkpoint(file), expected)
-                else:
-                    found, size = library.read_tokens(file, "stamp")
-                    assert np.array_equal(found, expected_tokens) and size == expected_size
-            except ValueError as error:
-                assert "\n" not in str(error)
-                refused += 1
-    assert refused > 2000
-
-
-# 4. Interrupt is a feature
-
-@pytest.mark.skipif(os.name != "posix", reason="sends SIGINT")
-def test_the_stop_button_at_any_moment_loses_nothing(library, tmp_path, capsys):
-    settings, model, optimizers, generator, whole = make_run(library)
-    library.train(model, optimizers, TOKENS, settings, whole, generator)
-    settings, again, optimizers, generator, history = make_run(library)
-    save = lambda: library.save_checkpoint(tmp_path / "run.pt", again, optimizers, len(history["loss"]), history, settings, [], generator, "s")
-    rng, presses = random.Random(1), 0
-    while len(history["loss"]) < settings.max_steps:
-        timer = threading.Timer(rng.uniform(0.001, 0.012), os.kill, (os.getpid(), signal.SIGINT))
-        timer.start()
+@pytest.mark.parametrize("count", [80, pytest.param(2000, marks=pytest.mark.slow)])
+def test_damaged_checkpoints_never_load_wrongly(library, tmp_path, count):
+    rng, wrong, path = random.Random(0), 0, tmp_path / "run.pt"
+    Run(library).train(path)
+    good, expected = path.read_bytes(), library.read_checkpoint(path)
+    for _ in range(count):
+        path.write_bytes(mutated(good, rng))
         try:
-            library.train(again, optimizers, TOKENS, settings, history, generator, save=save)
-            timer.join()
-            time.sleep(0.01)
-        except KeyboardInterrupt:       # pressed just before or after the call
-            pass
-        presses += 1
-    assert presses > 1 and "interrupted after step" in capsys.readouterr().out
-    assert history["loss"] == whole["loss"] and same(again.state_dict(), model.state_dict())
+            assert same(library.read_checkpoint(path), expected)
+        except ValueError as error:
+            assert re.fullmatch(r".*run.pt is no whole checkpoint \(.*\), and nothing in it was run; .*again", str(error))
+            wrong += 1
+    assert wrong > count / 2
 
 
-def test_the_stop_button_of_a_kernel(tmp_path):
-    """What the button of JupyterLab does: it interrupts the kernel. The run cell goes on when it is run again."""
-    from jupyter_client.manager import start_new_kernel
-    manager, client = start_new_kernel(cwd=str(tmp_path), env={**os.environ, "GPT_PRESET": "smoke", "HF_HUB_OFFLINE": "1", "MPLBACKEND": "agg"})
-
-    def execute(source):
-        printed = []
-        reply = client.execute_interactive(source, timeout=300, output_hook=lambda message: printed.append(message["content"].get("text", "")))
-        assert reply["content"]["status"] == "ok", reply["content"]
-        return "".join(printed)
-    try:
-        run_cell = None
-        for _, cell in code_cells():
-            source = "".join(cell["source"])
-            if "parameters" in cell["metadata"].get("tags", []):
-                source = 'preset = "smoke"\nchanges = dict(max_steps=2000, evaluations=2)'
-            if "save, starts)" in source and "Progress(" in source:
-                run_cell = source
-                break
-            execute(source)
-        timer = threading.Timer(4, manager.interrupt_kernel)
-        timer.start()
-        text = execute(run_cell)
-        steps = int(re.search(r"interrupted after step (\d+)", text).group(1))
-        assert 0 < steps < 2000
-        assert execute("print(len(history['loss']), tuple(model(train_tokens[None, :8].long())[0].shape))").startswith(f"{steps} (1, 8, ")
-        timer = threading.Timer(4, manager.interrupt_kernel)
-        timer.start()
-        text = execute(run_cell)
-        assert f"at step {steps} of 2000" in text and int(re.search(r"interrupted after step (\d+)", text).group(1)) > steps
-    finally:
-        client.stop_channels()
-        manager.shutdown_kernel(now=True)
+def test_a_token_file_of_another_length_is_made_again(library, tokenizer, tmp_path, capsys):
+    texts, load = ["one two", "", "three"], lambda: library.load_tokens(tmp_path / "tokens", "stamp", texts, tokenizer)
+    expected = load().copy()
+    assert tokenizer.decode(expected.tolist()) == "".join(library.END_OF_TEXT + text for text in [*texts, ""])
+    path, = (tmp_path / "tokens").iterdir()
+    good, made = path.read_bytes(), path.stat().st_mtime_ns
+    assert np.array_equal(load(), expected) and path.stat().st_mtime_ns == made
+    for bad in (good[:-1], good + b"x", b""):
+        path.write_bytes(bad)
+        assert np.array_equal(load(), expected) and "another length" in capsys.readouterr().out
+    assert os.listdir(tmp_path / "tokens") == [path.name]
 
 
-def test_an_interrupted_experiment_of_the_labs_goes_on(library, tmp_path, capsys):
-    settings = library.make_settings("smoke", context_length=16, n_embd=16, batch_size=2, evaluations=2, dropout=0.1, lab_seconds=0.3,
-                                     checkpoint_dir=str(tmp_path))
+# 4. Numbers gone wrong, stale state, two notebooks
 
-    def experiment(stop_at=None):
-        def measure(model):
-            if stop_at == len(seen):
-                raise KeyboardInterrupt
-            seen.append(1)
-            return {}
-        seen = []
-        return library.experiment(settings, TOKENS, 299, 300, "stamp", torch.device("cpu"), torch.float32, measure)[1]
-    begun = experiment(stop_at=1)
-    steps = len(begun["loss"])
-    (left,) = [path for path in tmp_path.glob("lab-*.pt") if "previous" not in path.name]
-    planned = library.read_checkpoint(left)["settings"]["max_steps"]
-    assert 0 < steps < planned
-    whole = experiment()
-    assert f"goes on after step {steps} of {planned}" in capsys.readouterr().out
-    assert whole["loss"][:steps] == begun["loss"][:steps] and len(whole["loss"]) == planned
-    assert not list(tmp_path.glob("*.pt"))
+def test_a_loss_that_is_no_number_updates_nothing_and_names_the_last_checkpoint(library, tmp_path):
+    def sabotage(run):
+        if len(run.history["loss"]) == 5 and not before:
+            run.model.final_norm.weight.data[0] = math.inf
+            before.extend(p.clone() for p in run.model.parameters())
+    before, run, path = [], Run(library, before_step=sabotage), tmp_path / "run.pt"
+    with refused("^step 5: the loss is nan, .*nothing was updated. Try half the learning rate. Last checkpoint: that of "
+                 "step 5$", FloatingPointError):
+        run.train(path, save_every=0)
+    assert len(run.history["loss"]) == 5 and same(before, list(run.model.parameters()))
+    assert len(Run(library).pick_up(path).train(path).history["loss"]) == 12
 
 
-# 5. Numbers gone wrong
-
-def test_the_error_names_step_cause_and_last_good_checkpoint(library):
-    settings, model, optimizers, generator, history = make_run(library)
-
-    def sabotage(h):
-        if len(h["loss"]) == 5:
-            with torch.no_grad():
-                model.final_norm.weight[0] = math.inf
-    with pytest.raises(FloatingPointError, match=r"^step 5: .*final_norm.weight is no longer finite. Last good checkpoint: here, after step 3$"):
-        library.train(model, optimizers, TOKENS, settings, history, generator, measure=lambda step: {}, report=sabotage, save=lambda: "here")
-    assert len(history["loss"]) == 5
-
-
-@pytest.mark.parametrize("precision, words", [
-    (torch.float32, "the data: most windows of the text are fine, but not the one that begins with the tokens [7, 5, 5, 5, 5]"),
-    (torch.float16, "the precision: in float32 the same step is finite, in float16 it is not"),
-    (torch.float32, "a learning rate too high (now ")])
-def test_the_cause_is_told_apart(library, precision, words):
-    settings, model, optimizers, generator, history = make_run(library)
-    tokens, starts, forward = torch.full((400,), 5), None, model.forward
-    if "data" in words:                                 # one window of the text that the model can't digest
-        tokens[300], starts = 7, torch.tensor([0] * 50 + [300])
-        model.forward = lambda inputs, targets: (None, forward(inputs, targets)[1] * (math.nan if 7 in inputs else 1.0))
-    elif "precision" in words:                          # fits float32, not float16
-        model.final_norm.weight.data.fill_(1e5)
-    else:
-        model.forward = lambda inputs, targets: (None, forward(inputs, targets)[1] * math.inf)
-    before = [p.clone() for p in model.parameters()]
-    with pytest.raises(FloatingPointError) as error:
-        for _ in range(400):
-            library.training_step(model, [], tokens, settings, 3, generator, precision, starts)
-    assert words in str(error.value) and all(map(torch.equal, before, model.parameters()))
-    assert all(p.grad is None for p in model.parameters())
+def test_a_changed_setting_names_the_section_to_run_again(library):
+    settings, need, sections_run = library.make_settings("smoke"), library.need, {}
+    for section in (2, 4, 8, 9):
+        with refused(f"^section {section} has not been run yet: run it first$", RuntimeError):
+            need(sections_run, settings, 9)
+        sections_run[section] = settings, "a" if section > 2 else None
+    need(sections_run, dataclasses.replace(settings, samples=7, device="cpu", lab_seconds=9.0), 9)
+    for name, value, section in (("corpus", "shakespeare", 2), ("vocab_size", 600, 4), ("pretrained", True, 4),
+                                 ("n_layer", 3, 8), ("seed", 1, 8), ("max_steps", 9, 9)):
+        changed = dataclasses.replace(settings, **{name: value})
+        with refused(f"^{name} is now .* but section {section} was run with .*: run again from section {section} on$",
+                     RuntimeError):
+            need(sections_run, changed, 9)
+        for last in (last for last in (2, 4, 8) if last < section):     # what does not depend on it
+            need(sections_run, changed, last)
+    with refused("^section 4 has made other tokens since section 8 was run: run again from section 8 on$", RuntimeError):
+        need({**sections_run, 4: (settings, "b")}, settings, 9)
 
 
-# 6. Stale state
-
-def test_the_ledger_names_the_section_to_run_again(library):
-    ledger, settings = library.Ledger(), library.make_settings("smoke")
-    with pytest.raises(library.StaleStateError, match="^section 2 has not been run yet"):
-        ledger.need(settings, 4)
-    for section, stamp in ((2, None), (4, "a"), (8, "a"), (9, "a")):
-        ledger.ran(section, settings, stamp)
-    ledger.need(settings, 9)
-    ledger.need(dataclasses.replace(settings, samples=7), 9)
-    for changes, section in ((dict(corpus="shakespeare"), 2), (dict(vocab_size=600), 4), (dict(n_layer=3), 8), (dict(max_steps=9), 9)):
-        with pytest.raises(library.StaleStateError, match=f"^{next(iter(changes))} is now .* but section {section} was run with .*from section {section} on$"):
-            ledger.need(dataclasses.replace(settings, **changes), 9)
-    ledger.ran(4, settings, "b")
-    with pytest.raises(library.StaleStateError, match="section 4 has made other tokens since section 8 was run"):
-        ledger.need(settings, 9)
+@pytest.mark.parametrize("section", [4, 8, 9, 10, 11, 12, 13, 14])
+def test_a_section_without_those_before_it_is_one_sentence(library, section):
+    cells = [source for source, tags in cells_of_sections(section, section) if not tags and "need(" in source]
+    assert cells
+    for source in cells:
+        space = {**vars(library), "sections_run": {}, "settings": library.make_settings("smoke")}
+        with refused("^section 2 has not been run yet: run it first$", RuntimeError):
+            exec(source, space)
 
 
-def execute_cells(folder, cells):
-    notebook = json.loads(NOTEBOOK.read_text(encoding="utf-8"))
-    copies = [{**cell, "id": f"cell-{i}"} for i, cell in enumerate(cells)]
-    (folder / "trial.ipynb").write_text(json.dumps({**notebook, "cells": copies}), encoding="utf-8")
-    return execute_notebook(folder, "trial.ipynb")
+def test_a_second_notebook_is_told_before_its_first_step(library, tmp_path, monkeypatch, capsys):
+    path, run = tmp_path / "new" / "run.pt", Run(library)
+    with library.locked(path), refused("^another notebook is training this very run .*; wait until", RuntimeError):
+        run.train(path)
+    assert run.history["loss"] == [] and not path.exists()
+    run.train(path)                                         # the first has finished
+    assert len(Run(library).pick_up(path).history["loss"]) == 12
+    monkeypatch.setattr(filelock.FileLock, "acquire", lambda *_, **__: open("/no/such/lock"))
+    assert len(Run(library).train(path).history["loss"]) == 12
+    assert re.search("no lock can be had for .*; training goes on without one", capsys.readouterr().out)
 
 
-@pytest.mark.long
-def test_every_cell_twice_and_sections_in_any_order(tmp_path):
-    cells = code_cells()
-    order = [cell for number, cell in cells if number < 13 for _ in range(2)]
-    for section in (12, 10, 8, 11, 9, 12, 8, 10):
-        order += [cell for number, cell in cells if number == section]
-    text = execute_cells(tmp_path, order)
-    scores = re.findall(r"^GPT: ([\d.]+) nats", text, re.M)
-    assert len(scores) == 4 and len(set(scores)) == 1
-    forms = re.findall(r"^GPT .*% to .*$", text, re.M)
-    assert len(forms) == 4 and len(set(forms)) == 1
+# 5. Bad input: one sentence that names the setting or the file
+
+BAD = {"make_settings": [
+    dict(n_embd=100), dict(n_embd=6, n_head=2), dict(vocab_size=100), dict(vocab_size=512.0), dict(corpus="no such file"),
+    dict(corpus=""), dict(corpus="*.nothing"), dict(corpus=r"C:\Users\me\texts"), dict(corpus="python "), dict(corpus=3),
+    dict(preset="huge"), dict(position="rotari"), dict(position=None), dict(dropout=1.0), dict(dropout="0.1"),
+    dict(learning_rate=math.nan), dict(learning_rate=0), dict(max_steps="100"), dict(max_steps=True), dict(qk_norm=1),
+    dict(n_layer=0), dict(no_such_setting=1), dict(held_out_fraction=0.5), dict(device="gpu"), dict(evaluations=0)],
+    "GPTConfig": [
+    dict(n_embd=100), dict(n_layer=-1), dict(norm="batchnorm"), dict(activation=3), dict(vocab_size=0), dict(bias="yes"),
+    dict(context_length=1), dict(dropout=math.inf), dict(n_embd=12, n_head=4, position="rotary")]}
 
 
-def test_a_changed_setting_without_the_cells_between_is_one_sentence(tmp_path):
-    cells = code_cells()
-    probe = dict(cell_type="code", metadata={}, outputs=[], execution_count=None)
-    order = [cell for number, cell in cells if number < 5]
-    for number, changes in ((8, "vocab_size=400"), (9, "n_embd=32"), (10, "max_steps=3"), (11, "n_layer=1"), (12, "corpus='shakespeare'")):
-        first = next(cell for n, cell in cells if n == number and cell["metadata"].get("tags", []) == [] and "ledger.need" in "".join(cell["source"]))
-        order.append({**probe, "source": f"settings = make_settings('smoke', {changes})\ntry:\n    exec({''.join(first['source'])!r})\n"
-                                         f"except StaleStateError as error:\n    print({number}, error)"})
-    text = execute_cells(tmp_path, order)
-    for number, words in ((8, "vocab_size is now 400, but section 4 was run with 512"), (9, "section 8 has not been run yet"),
-                          (12, "corpus is now 'shakespeare', but section 2 was run with 'python'")):
-        assert f"{number} {words}" in text
-    assert text.count("section") >= 5
+@pytest.mark.parametrize("maker, changes", [(maker, changes) for maker in BAD for changes in BAD[maker]], ids=str)
+def test_bad_settings_and_architectures(library, maker, changes):
+    with refused(rf"^{next(iter(changes))}\b.* is "):
+        getattr(library, maker)(**changes)
 
 
-# 7. Two notebooks at once
-
-def test_a_second_run_gets_a_checkpoint_of_its_own(library, tmp_path, capsys):
-    with library.locked(tmp_path / "run.pt") as first:
-        with library.locked(tmp_path / "run.pt") as second, library.locked(tmp_path / "run.pt") as third:
-            assert [p.name for p in (first, second, third)] == ["run.pt", "run-2.pt", "run-3.pt"]
-    with library.locked(tmp_path / "run.pt") as again:
-        assert again.name == "run.pt"
-    assert capsys.readouterr().out.count("another notebook is training this very run") == 2
+def documents_of(library, name, **changes):
+    folder = pathlib.Path(name).parent / "data"
+    return library.load_documents(library.make_settings("smoke", corpus=str(name), data_dir=str(folder), **changes))
 
 
-@pytest.mark.long
-def test_two_notebooks_in_one_folder_at_once(tmp_path):
-    shutil.copy(NOTEBOOK, tmp_path)
-    outputs = ["out0.ipynb", "out1.ipynb"]       # one thread each: two processes that spin on two cores slow each other down
-    runs = [start_notebook(tmp_path, output=output, OMP_NUM_THREADS="1") for output in outputs]
-    scores = [re.search(r"^GPT: ([\d.]+) nats", finish_notebook(run, tmp_path, output), re.M).group(1) for run, output in zip(runs, outputs)]
-    assert scores[0] == scores[1]
-    assert not [p for p in tmp_path.rglob("*.part")]
-    library = load_library()
-    for path in (tmp_path / "checkpoints").glob("*.pt"):
-        library.read_checkpoint(path)
+@pytest.mark.parametrize("name, content, words", [
+    ("a.txt", b"\xff\xfeh\x00i\x00", "line 1 holds the byte 0xff; it looks like UTF-16"), ("a.txt", b"", "holds no text"),
+    ("a.md", b"fine\nnot \xe9 fine\n", "line 2 holds the byte 0xe9"), ("a.png", b"x", "existing files of type .txt, .md"),
+    ("a.jsonl", b'{"text": "a"}\n{"text": ', "can't be read"), ("a.jsonl", b'{"title": "a"}\n', "has no column 'text'"),
+    ("a.jsonl", b'{"text": 3}\n', "column 'text' of .* holds int"), ("a.jsonl", b"", "holds no text"),
+    ("a.jsonl", b'{"text": null}\n', "column 'text' of .* holds NoneType"), ("a.jsonl", b"\n", ""),
+    ("a.parquet", b"PAR1 no parquet", "can't be read"), ("a.parquet", b"", "holds no text")])
+def test_bad_files(library, tmp_path, name, content, words):
+    (tmp_path / name).write_bytes(content)
+    with refused(rf"^corpus(?=.*{name}').*{words}"):
+        documents_of(library, tmp_path / name)
 
 
-# 8. Bad input
-
-def documents_of(library, tmp_path, pattern, **changes):
-    return library.load_documents(library.make_settings("smoke", corpus=str(pattern), data_dir=str(tmp_path / "data"), **changes))
-
-
-@pytest.mark.parametrize("content, words", [
-    (b"\xff\xfeh\x00i\x00", "line 1 holds the byte 0xff; it looks like UTF-16"), (b"fine\nnot \xe9 fine\n", "line 2 holds the byte 0xe9"),
-    (b"", "no text was found"), (b" \n\n", None), (b"x", None)])
-def test_bad_files_get_one_sentence(library, tmp_path, content, words):
-    (tmp_path / "bad.txt").write_bytes(content)
-    if words:
-        with pytest.raises(ValueError, match=words) as error:
-            documents_of(library, tmp_path, tmp_path / "bad.txt")
-        assert "\n" not in str(error.value)
-    else:
-        documents = documents_of(library, tmp_path, tmp_path / "bad.txt")
-        with pytest.raises(ValueError, match="^corpus leaves the train|^corpus leaves the validation"):
-            library.split_documents(documents, 0.1)
+@pytest.mark.parametrize("content, changes, words", [
+    (b" \n\n", {}, "corpus leaves no document of 60 to 4000 bytes"), (b"x", {}, "corpus leaves no document"),
+    (b"one document " * 9, {}, "corpus leaves the (train|validation|test) set empty"),
+    (b"a document " * 9, dict(min_document_bytes=500, max_document_bytes=100), "corpus leaves no document of 500 to 100")])
+def test_files_with_too_little_text(library, tmp_path, content, changes, words):
+    (tmp_path / "a.txt").write_bytes(content)
+    space = {**vars(library), "need": lambda *_: None, "sections_run": {}, "settings": library.make_settings(**changes),
+             "documents": documents_of(library, tmp_path / "a.txt")}
+    with refused(f"^{words}"):
+        for source in [source for source, tags in cells_of_sections(4, 4) if not tags][:2]:
+            exec(source, space)
 
 
-@pytest.mark.parametrize("content, words", [(b'{"text": "a"}\n{"text": ', "is no readable .jsonl file"), (b'{"title": "a"}\n', "no column 'text'"),
-                                            (b'{"text": 3}\n', "column 'text'.*holds int")])
-def test_bad_jsonl_gets_one_sentence(library, tmp_path, content, words):
-    (tmp_path / "bad.jsonl").write_bytes(content)
-    with pytest.raises(ValueError, match=words) as error:
-        documents_of(library, tmp_path, tmp_path / "bad.jsonl")
-    assert "\n" not in str(error.value)
+def test_files_and_folders_that_may_not_be_read_or_written(library, tmp_path, monkeypatch):
+    def refuse(path):
+        raise PermissionError(13, "Permission denied", path)
+    for name in ("data", "secret.txt"):
+        (tmp_path / name).write_text("some text")
+    with refused("^data_dir is .*data', but it can't be written to"):       # there it is a file
+        documents_of(library, tmp_path / "secret.txt")
+    monkeypatch.setattr(library, "decoded_lines", refuse)
+    with refused("^corpus: .*secret.txt' can't be read .*Permission denied"):
+        list(library.read_own_files(str(tmp_path / "secret.txt")))
 
 
-def test_bad_parquet_gets_one_sentence(library, tmp_path):
-    (tmp_path / "bad.parquet").write_bytes(b"PAR1 no parquet")
-    with pytest.raises(ValueError, match="bad.parquet") as error:
-        documents_of(library, tmp_path, tmp_path / "bad.parquet")
-    assert "\n" not in str(error.value)
-
-
-def test_one_line_of_50_megabytes_is_cut_into_passages(library, tmp_path):
-    path = tmp_path / "long.txt"
-    path.write_text("word " * 10_000_000, encoding="utf-8")
-    texts = documents_of(library, tmp_path, path, corpus_megabytes=100.0)["text"]
-    lengths = [len(text) for text in texts]
-    assert sum(lengths) == 50_000_000 and max(lengths) <= 3000 and all(text.endswith(" ") for text in texts[:100])
-
-
-def test_passages_keep_every_character(library):
+def test_one_long_line_is_cut_and_no_character_is_lost(library, tmp_path):
+    (tmp_path / "long.txt").write_text("word " * 100_000, encoding="utf-8")
+    lengths = [len(text) for text in documents_of(library, tmp_path / "long.txt")["text"]]
+    assert sum(lengths) == 500_000 and max(lengths) <= 3000
     rng = random.Random(0)
     for _ in range(200):
-        text = "".join(rng.choice(["word ", "\n", "\n\n", "x" * rng.randrange(1, 90), "\t"]) for _ in range(rng.randrange(0, 60)))
+        parts = ["word ", "\n", "\n\n", "x" * rng.randrange(1, 90), "\t"]
+        text = "".join(rng.choices(parts, k=rng.randrange(60)))
         pieces = list(library.passages(text.splitlines(keepends=True), size=20))
         assert "".join(pieces) == text and all(len(piece) <= 80 for piece in pieces)
 
 
 def test_nul_bytes_and_lone_surrogates_are_cleaned(library, tmp_path):
     (tmp_path / "nul.txt").write_bytes(b"one\x00two\r\nthree  \n")
-    row = library.normalise(documents_of(library, tmp_path, tmp_path / "nul.txt")[0])
-    assert row == {"text": "onetwo\nthree", "bytes": 12}
-    assert library.normalise({"text": "a\ud800b"})["text"] == "a?b"
+    row = library.normalise(documents_of(library, tmp_path / "nul.txt")[0])
+    assert row == {"text": "onetwo\nthree", "bytes": 12} and library.normalise({"text": "a\ud800b"})["text"] == "a?b"
 
 
-@pytest.mark.parametrize("corpus", ["", "no such folder", "*.nothing", r"C:\Users\me\texts", "python "])
-def test_corpora_that_are_not_there(library, corpus):
-    with pytest.raises(ValueError, match="^corpus is .*but it must be one of python"):
-        library.make_settings(corpus=corpus)
-
-
-def test_a_folder_without_text(library, tmp_path):
-    (tmp_path / "texts").mkdir()
-    (tmp_path / "texts" / "picture.png").write_bytes(b"x")
-    with pytest.raises(ValueError, match="^corpus is .*no file of type .txt"):
-        documents_of(library, tmp_path, tmp_path / "texts")
-
-
-@pytest.mark.skipif(os.name != "posix", reason="needs POSIX permissions")
-def test_a_file_that_may_not_be_read(library, open_folder):
-    path = open_folder / "secret.txt"
-    path.write_text("secret")
-    path.chmod(0)
-    with without_root(), pytest.raises(ValueError, match="secret.txt' can't be read .Permission denied"):
-        list(library.read_own_files(str(path)))
-
-
-@pytest.mark.skipif(os.name != "posix", reason="needs POSIX permissions")
-def test_a_data_folder_that_may_not_be_written(library, open_folder):
-    (open_folder / "a.txt").write_text("some text")
-    settings = library.make_settings("smoke", corpus=str(open_folder / "a.txt"), data_dir=str(open_folder / "data"))
-    with without_root(), pytest.raises(ValueError, match="^data_dir is .*can't be written to"):
-        library.load_documents(settings)
-
-
-@pytest.mark.parametrize("prompt", ["", "x" * 100_000, "🎉🎉", "<|endoftext|>", "a\ud800b", "\x00"])
+@pytest.mark.parametrize("prompt", ["", "x" * 100_000, "🎉🎉", "<|endoftext|>", "a\ud800b", "\x00"], ids=range(6))
 def test_any_prompt_works_and_is_text(library, tokenizer, prompt):
     model = library.GPT(referees.small_config(library, vocab_size=tokenizer.n_vocab))
     assert library.generate(model, tokenizer, prompt, 3, seed=0)[0].startswith(prompt)
@@ -625,16 +467,12 @@ def test_any_prompt_works_and_is_text(library, tokenizer, prompt):
     assert ids[0] == tokenizer.eot_token and tokenizer.eot_token not in ids[1:]
 
 
-@pytest.mark.parametrize("options", [dict(prompt=None), dict(samples=0), dict(max_new_tokens=-1), dict(max_new_tokens=2.5), dict(seed=-1), dict(seed="x"),
-                                     dict(temperature=-0.5), dict(temperature=math.nan), dict(temperature=math.inf), dict(top_k=0), dict(top_p=0.0),
-                                     dict(top_p=1.01), dict(min_p=0)])
-def test_bad_knobs_get_one_sentence(library, tokenizer, options):
+@pytest.mark.parametrize("options", [
+    dict(prompt=None), dict(samples=0), dict(max_new_tokens=-1), dict(max_new_tokens=2.5), dict(seed=-1), dict(seed="x"),
+    dict(temperature=-0.5), dict(temperature=math.nan), dict(temperature=math.inf), dict(temperature=True), dict(top_k=0),
+    dict(top_k=1.5), dict(top_p=0.0), dict(top_p=1.01), dict(top_p="1"), dict(min_p=0)], ids=str)
+def test_bad_options_of_sampling(library, tokenizer, options):
     model = library.GPT(referees.small_config(library, vocab_size=tokenizer.n_vocab))
-    with pytest.raises(ValueError, match=f"^{next(iter(options))} is .*but it must be") as error:
+    with refused(f"^{next(iter(options))} is .*, but it must be "):
         library.generate(model, tokenizer, **{"prompt": "x", "max_new_tokens": 2, **options})
-    assert "\n" not in str(error.value)
-
-
-def test_top_k_above_the_vocabulary_keeps_all(library):
-    logits = torch.randn(50)
-    assert torch.equal(library.filter_logits(logits, top_k=10**6), logits)
+    assert torch.equal(library.filter_logits(torch.arange(5), top_k=10**6), torch.arange(5.0))     # keeps all

@@ -1,4 +1,5 @@
 """The notebook as a file: it runs twice with the smoke preset, and what is committed is clean. README's words are true."""
+import ast
 import json
 import os
 import re
@@ -7,7 +8,7 @@ import subprocess
 
 import pytest
 
-from conftest import NOTEBOOK, ROOT, execute_notebook, load_library, outputs_text, run_with
+from conftest import NOTEBOOK, ROOT, code_cells, execute_notebook, load_library, outputs_text, run_with
 
 
 def committed(name):
@@ -28,16 +29,9 @@ def test_smoke_twice(tmp_path):
     assert "picked up the checkpoint" in texts[1] and "picked up the checkpoint" not in texts[0]
     scores = [re.search(r"GPT: ([\d.]+) nats", text).group(1) for text in texts]
     assert scores[0] == scores[1]
-    assert "largest difference between one process and two" in texts[0] and "the same scores, to the bit" in texts[0]
-    assert "GPT-2's own weights are not used: " in texts[0] or "124,439,808 parameters, continues" in texts[0]
+    assert "difference between one process and two: " in texts[0] and "the same logits, to the bit" in texts[0]
+    assert "the real GPT-2 is not used: " in texts[0] or "124,439,808 parameters: The meaning of life is" in texts[0]
     assert sorted(os.listdir(tmp_path)) == ["checkpoints", "data", "gpt_from_scratch.ipynb", "run.ipynb"]
-
-
-def test_committed_notebook_was_executed_in_order(notebook):
-    code = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
-    assert [cell["execution_count"] for cell in code] == list(range(1, len(code) + 1))
-    assert not [o for cell in code for o in cell["outputs"] if o["output_type"] == "error"]
-    assert "preset: laptop, corpus: python" in outputs_text(notebook)
 
 
 def test_committed_notebook_is_clean(notebook):
@@ -47,7 +41,8 @@ def test_committed_notebook_is_clean(notebook):
     assert not re.search(r"/(home|root|work|Users|tmp)/|site-packages", outputs)
     for cell in notebook["cells"]:
         if cell["cell_type"] == "code":
-            assert len("".join(cell["source"]).splitlines()) <= 62
+            lines = "".join(cell["source"]).splitlines()
+            assert len(lines) <= 60 and len([line for line in lines if line.strip()]) <= 47 and all(len(line) <= 100 for line in lines)
             assert not ("define" in cell["metadata"].get("tags", []) and cell["outputs"]), "a define cell printed something"
 
 
@@ -58,20 +53,20 @@ def test_headings_are_in_order_and_links_work(notebook):
     for (a, _), (b, _) in zip(headings, headings[1:]):
         assert len(b) <= len(a) + 1
     anchors = {title.replace(" ", "-") for _, title in headings}
-    links = re.findall(r"\]\(#([^\n]*?)\)(?= ·|$)", text, re.M)
-    assert len(links) == 16 and set(links) <= anchors
+    links = re.findall(r"\]\(#([^\n]*?)\)(?= ·|$)", text[:3000], re.M)
+    assert len(links) == 17 and set(links) <= anchors
 
 
 def test_every_section_from_1_says_what_goes_in_and_out(notebook):
     text = "\n".join("".join(cell["source"]) for cell in notebook["cells"] if cell["cell_type"] == "markdown")
-    for number in range(1, 15):
+    for number in range(0, 16):
         section = re.search(rf"^## {number} .*?(?=^## |\Z)", text, re.M | re.S).group(0)
-        assert re.search(r"\*\*In\*\* .* → (\*\*Out\*\*|pictures)", section), number
+        assert re.search(r"\*\*In\*\* .* → \*\*Out\*\*", section), number
 
 
 def test_slides_are_as_many_as_readme_says(notebook):
     count = sum(cell["metadata"]["slideshow"]["slide_type"] == "slide" for cell in notebook["cells"])
-    assert 30 <= count <= 45 and f"({count} of them:" in committed("README.md")
+    assert 30 <= count <= 60 and f"({count} of them:" in committed("README.md")
 
 
 def test_every_figure_has_its_message(notebook):
@@ -80,17 +75,17 @@ def test_every_figure_has_its_message(notebook):
         if any("image/png" in output.get("data", {}) for output in cell.get("outputs", [])):
             figures += 1
             source = "".join(cell["source"])
-            titled = re.search(r"set_title\(|suptitle\(|draw_tokens\(|plot_losses\(", source)
+            titled = re.search(r"set_title\(|suptitle\(|draw_tokens\(|plot_losses\(|plot_sweep\(", source)
             followed = any(c["cell_type"] == "markdown" for c in cells[i + 1:i + 3])
             assert titled or followed, source[:200]
-    assert figures >= 10
+    assert figures >= 5
 
 
 def test_readme_figures_stand_in_the_outputs(notebook):
     """Each figure in README between backquotes that starts with a digit must be printed by the committed notebook."""
     outputs = outputs_text(notebook)
     figures = re.findall(r"`([-−+]?\d[\d.,]*[%×]?)`", committed("README.md"))
-    assert len(figures) >= 8
+    assert len(figures) >= 6
     for figure in figures:
         assert re.search(rf"(?<![\d.]){re.escape(figure)}(?!\d)", outputs), f"README says {figure}, but no output does"
 
@@ -118,11 +113,13 @@ def smoke_with(changes):
     return f'preset = "smoke"\nchanges = {changes!r}'
 
 
+@pytest.mark.slow
 @pytest.mark.long
 def test_gpt2s_choices_run_from_top_to_bottom(tmp_path):
     assert "parameters, as on paper" in run_with(tmp_path, smoke_with({**load_library().CLASSIC, "dropout": 0.1, "split_pattern": "gpt2"}))
 
 
+@pytest.mark.slow
 @pytest.mark.long
 def test_prose_of_ones_own_runs_from_top_to_bottom(tmp_path):
     import inspect
@@ -132,10 +129,11 @@ def test_prose_of_ones_own_runs_from_top_to_bottom(tmp_path):
     paragraphs = [inspect.getdoc(value) or "" for module in (statistics, unittest, argparse, logging, email.message, http.client, decimal, os, json)
                   for value in vars(module).values()]
     (tmp_path / "own.txt").write_text("\n\n".join(dict.fromkeys(paragraphs)), encoding="utf-8")
-    text = run_with(tmp_path, smoke_with(dict(corpus="own.txt", min_document_bytes=20, held_out_share=0.3)))
-    assert "── greedy\nOnce upon a time" in text and "of 20 functions" not in text
+    text = run_with(tmp_path, smoke_with(dict(corpus="own.txt", min_document_bytes=20, held_out_fraction=0.3)))
+    assert "── greedy\nOnce upon a time" in text and "20 functions each" not in text
 
 
+@pytest.mark.slow
 @pytest.mark.long
 def test_gpt2s_vocabulary_runs_up_to_the_labs(tmp_path):
     """The labs train a dozen models: with 50,257 tokens they would take ten minutes."""
@@ -143,3 +141,21 @@ def test_gpt2s_vocabulary_runs_up_to_the_labs(tmp_path):
     if not folder.is_dir():
         pytest.skip("needs GPT-2's vocabulary in a tiktoken cache beside the project")
     assert "vocabulary: 50,257 tokens" in run_with(tmp_path, smoke_with(dict(tokenizer="gpt2", samples=5, max_steps=10)), before="## 13 ", TIKTOKEN_CACHE_DIR=str(folder))
+
+
+def bound_names(tree):
+    """Names that running these statements binds in the notebook's own namespace."""
+    scopes = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Lambda, ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            yield node.id
+        if not isinstance(node, scopes):
+            yield from bound_names(node)
+
+
+def test_no_running_cell_rebinds_a_function_or_class():
+    trees = [(cell["metadata"].get("tags", []), ast.parse("".join(cell["source"]))) for _, cell in code_cells()]
+    defined = {node.name for _, tree in trees for node in tree.body if hasattr(node, "name")}
+    constants = {name for tags, tree in trees if "define" in tags for name in bound_names(tree)}
+    rebound = [name for tags, tree in trees if "define" not in tags for name in bound_names(tree) if name in defined | constants]
+    assert not rebound, rebound
