@@ -22,6 +22,7 @@ def notebook():
     return json.loads(committed("gpt_from_scratch.ipynb"))
 
 
+@pytest.mark.slow
 @pytest.mark.long
 def test_smoke_twice(tmp_path):
     shutil.copy(NOTEBOOK, tmp_path)
