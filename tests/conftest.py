@@ -13,10 +13,6 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 import pytest
 
-# Being adapted to the shortened notebook, and left out until they are: their names and calls are still those of the long one.
-collect_ignore = ["test_library.py", "test_panels.py", "test_browser.py", "test_beyond.py", "test_device.py", "test_gpt2.py",
-                  "test_labs.py", "test_faults.py"]
-
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 NOTEBOOK = ROOT / "gpt_from_scratch.ipynb"
 

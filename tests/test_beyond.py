@@ -185,7 +185,7 @@ def test_a_batch_that_can_not_be_shared_is_refused(library, order, monkeypatch):
     order(batch_size=3)
     for name, value in {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(SystemExit, match="batch_size is 3, but it must be a multiple of the number of processes, which is 2"):
+    with pytest.raises(SystemExit, match="batch_size is 3, which 2 processes can't share evenly"):
         library.train_together(order.folder / "together")
 
 

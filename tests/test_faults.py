@@ -1,7 +1,6 @@
 """Nothing lost, nothing let in: kills, full disks, damaged files, the stop button, stale state, bad input."""
 import contextlib, dataclasses, math, os, pathlib, random, re, shutil, signal, subprocess, sys, threading, time
 
-import filelock
 import numpy as np
 import pytest
 import torch
@@ -18,8 +17,7 @@ SMALL = dict(context_length=16, n_embd=16, max_steps=12, batch_size=2, evaluatio
 
 @pytest.fixture(scope="module")
 def tokenizer(library):
-    texts = ["def f(x):\n    return x + 1", "for item in items:\n        print(item)"] * 3
-    return library.build_tokenizer(library.train_bpe(texts, 300))
+    return library.build_tokenizer(MERGES)
 
 
 class Run:
@@ -55,13 +53,11 @@ class Run:
 
 def same(a, b):
     """Equal to the bit, in nested containers of tensors and plain values."""
-    if isinstance(a, torch.Tensor):
-        return torch.equal(a, b)
     if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+        a, b = ([part for item in pairs.items() for part in item] for pairs in (a, b))
     if isinstance(a, (list, tuple)):
         return len(a) == len(b) and all(map(same, a, b))
-    return a == b
+    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
 
 
 @contextlib.contextmanager
@@ -72,19 +68,16 @@ def refused(words, kind=ValueError):
     assert "\n" not in str(caught.value)
 
 
-# 1. Kills and stops, and resume to the bit. What runs in a process of its own is a function of this file.
-
 def start(*function_and_arguments):
+    """A process that runs a function of this file."""
     program = "import sys, test_faults as t; getattr(t, sys.argv[1])(*sys.argv[2:])"
     return subprocess.Popen([sys.executable, "-c", program, *map(str, function_and_arguments)], text=True,
                             cwd=pathlib.Path(__file__).parent, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
 
 def train_slowly(path):
-    def slowly(run):
-        print("after step", len(run.history["loss"]), flush=True)
-        time.sleep(0.03)
-    Run(load_library(), before_step=slowly).pick_up(path).train(path, save_every=0)
+    step = lambda run: print("after step", len(run.history["loss"]), flush=True) or time.sleep(0.03)
+    Run(load_library(), before_step=step).pick_up(path).train(path, save_every=0)
 
 
 @posix
@@ -102,8 +95,8 @@ def test_killed_and_resumed_in_a_new_process_is_the_same_to_the_bit(library, tmp
 
 def kill_while_saving(path, kills):
     torch.set_num_threads(1)
-    library, rng = load_library(), random.Random(0)
-    run, steps = Run(library), []
+    library, rng, steps = load_library(), random.Random(0), 0
+    run = Run(library)
     for _ in range(int(kills)):
         if not (child := os.fork()):
             while run.history["loss"].append(0.5) is None:
@@ -116,9 +109,8 @@ def kill_while_saving(path, kills):
         for file in (path, library.previous_checkpoint(path)):      # each of the two is whole, or not there
             assert not os.path.exists(file) or library.read_checkpoint(file)
         run.history = library.load_checkpoint(path, run.model, run.optimizers, run.generator)["history"]
-        assert len(run.history["loss"]) >= len(steps)
-        steps = list(run.history["loss"])
-    print("saves", len(steps))
+        assert steps <= (steps := len(run.history["loss"]))
+    print("saves", steps)
 
 
 @posix
@@ -154,26 +146,25 @@ def test_the_stop_button_ends_after_a_whole_step_and_nothing_is_lost(library, tm
 def test_the_stop_button_of_a_kernel(library, tmp_path):
     """JupyterLab's button interrupts the kernel. The run cell goes on when run again; a second notebook is told so."""
     from jupyter_client.manager import start_new_kernel
-    environment = {**os.environ, "GPT_PRESET": "smoke", "HF_HUB_OFFLINE": "1", "MPLBACKEND": "agg"}
+    environment, stops = {**os.environ, "GPT_PRESET": "smoke", "HF_HUB_OFFLINE": "1", "MPLBACKEND": "agg"}, [0]
     manager, client = start_new_kernel(cwd=str(tmp_path), env=environment)
     try:
         sources = [source for source, _ in cells_of_sections(0, 9)]
         place = next(i for i, source in enumerate(sources) if "measure=measure)" in source)
-        changed = "settings = dataclasses.replace(settings, max_steps=5000, evaluations=100)"
-        for source in [*sources[:place], changed]:
+        for source in [*sources[:place], "settings = dataclasses.replace(settings, max_steps=5000, evaluations=100)"]:
             reply = client.execute(source, reply=True, timeout=300)["content"]
             assert reply["status"] == "ok", reply
-        stops = [0]
         for _ in range(2):
             begun = time.time()
             client.execute(sources[place])
             while not (saved := [p for p in tmp_path.glob("checkpoints/*.pt") if p.stat().st_mtime > begun]):
+                assert time.time() < begun + 200
                 time.sleep(0.1)
             path = saved[0].with_name(saved[0].name.replace(".previous", ""))
             with refused("^another notebook is training this very run", RuntimeError), library.locked(path):
                 pass
             manager.interrupt_kernel()
-            reply = client.get_shell_msg(timeout=100)["content"]
+            reply = client.get_shell_msg(timeout=200)["content"]
             assert reply["ename"] == "KeyboardInterrupt"
             stops.append(int(re.match(r"stopped after step (\d+); run the cell again", reply["evalue"]).group(1)))
             assert len(library.read_checkpoint(path)["history"]["loss"]) == stops[-1]
@@ -183,61 +174,38 @@ def test_the_stop_button_of_a_kernel(library, tmp_path):
         manager.shutdown_kernel(now=True)
 
 
-# 2. Disks that refuse
-
 @posix
 def test_a_full_disk_is_said_and_the_run_goes_on(library, tokenizer, tmp_path, capsys):
-    def texts():
-        yield "abc"
-        raise OSError(28, "No space left on device")
-    run, path, part = Run(library), tmp_path / "run.pt", tmp_path / "run.pt.part"
+    run, path = Run(library), tmp_path / "run.pt"
     run.save(path)
     before = path.read_bytes()
-    part.symlink_to("/dev/full")
-    with refused("run.pt can't be written .No space left on device.; what stood there before is untouched", OSError):
-        run.save(path)
-    assert os.listdir(tmp_path) == ["run.pt"] and path.read_bytes() == before
-    part.symlink_to("/dev/full")
-    run.train(path, save_every=0)
-    words = r".*run\.pt can't be written \(No space .*untouched; the run goes on; checkpoint: none yet\n"
-    assert re.fullmatch(words, capsys.readouterr().out) and len(Run(library).pick_up(path).history["loss"]) == 12
-    with pytest.raises(OSError, match="No space"):
-        library.load_tokens(tmp_path / "tokens", "stamp", texts(), tokenizer)
+    (tmp_path / "full").symlink_to("/dev/full")
+    (tmp_path / "run.pt.part").symlink_to("/dev/full")
+    run.train(path, save_every=math.inf)                    # saves at the end alone
+    words = r".*run\.pt can't be written \(No space .*\); .* untouched; the run goes on; checkpoint: none yet\n"
+    assert re.fullmatch(words, capsys.readouterr().out) and len(run.history["loss"]) == 12
+    assert path.read_bytes() == before and not list(tmp_path.glob("*.part"))
+    with pytest.raises(OSError, match="no_such"):
+        library.load_tokens(tmp_path / "tokens", "stamp", map(lambda t: t or open("/no_such"), ["abc", ""]), tokenizer)
     assert os.listdir(tmp_path / "tokens") == []
+    run = Run(library).train(tmp_path / "full" / "run.pt")  # no folder can be made there
+    assert re.match("no lock can be had for .*; training goes on without one\n.*run.pt can't be written .*; the run goes "
+                    "on; checkpoint: none yet", capsys.readouterr().out) and len(run.history["loss"]) == 12
 
 
 def test_a_refused_rename_leaves_a_checkpoint(library, tmp_path, monkeypatch):
     run, replace = Run(library).train(tmp_path / "run.pt"), os.replace
     for refuse in (1, 2):                   # the first rename keeps the checkpoint before, the second sets the new one
         renames = iter((1, 2))
-        monkeypatch.setattr(os, "replace", lambda a, b: replace(a, b) if next(renames) != refuse else open("/no/such"))
+        monkeypatch.setattr(os, "replace", lambda a, b: replace(a, b) if next(renames) != refuse else open("/no_such"))
         with refused("run.pt can't be written .No such file", OSError):
             run.save(tmp_path / "run.pt")
         assert len(Run(library, seed=5).pick_up(tmp_path / "run.pt").history["loss"]) == 12
         assert not list(tmp_path.glob("*.part"))
 
 
-def test_a_folder_that_can_t_be_written_is_said_and_the_run_goes_on(library, tmp_path, capsys):
-    (tmp_path / "file").write_text("no folder")
-    run = Run(library).train(tmp_path / "file" / "run.pt")
-    assert len(run.history["loss"]) == 12
-    assert re.match(r"no lock can be had for .*; training goes on without one\n.*run.pt can't be written \(.*\); what "
-                    "stood there before is untouched; the run goes on; checkpoint: none yet", capsys.readouterr().out)
-
-
-def test_a_save_that_takes_long_is_made_less_often(library):
-    saved_at, run = [], Run(library, before_step=lambda run: time.sleep(0.01))
-    hook = library.AfterStep(run.settings, run.history, threading.Event(), save_every=0.001, show=False,
-                             save=lambda: saved_at.append(len(run.history["loss"])) or time.sleep(0.3))
-    library.train(run.model, run.optimizers, TOKENS, run.settings, run.history, run.generator, after_step=hook)
-    assert saved_at[1:] == [12] and saved_at[0] < 4         # steps take less than the six seconds between saves
-
-
-# 3. Safe to open
-
 class Payload:
-    def __reduce__(self):
-        return os.mkdir, (str(Payload.target),)
+    __reduce__ = lambda self: (os.mkdir, (str(Payload.target),))
 
 
 def test_a_stranger_s_checkpoint_runs_nothing(library, tmp_path):
@@ -255,12 +223,10 @@ def test_foreign_checkpoints_are_refused_and_change_nothing(library, tmp_path, c
     path, run = tmp_path / "run.pt", Run(library).train(tmp_path / "run.pt")
     content, run, changed = torch.load(path, weights_only=True), Run(library, seed=5), Run(library, optimizer="adamw")
     before = [t.clone() for t in run.state()[0].values()], run.generator.get_state(), torch.get_rng_state()
+    wrong = {"model": {}}, {"history": 3}, {"optimizers": content["optimizers"][::-1]}, {"optimizers": []}
     cases = [({}, Run(library, n_layer=3), {}, "another architecture: its n_layer is 2, here it is 3"),
-             ({}, run, dict(merges=[(b"a", b"c")]), "another tokenizer"),
-             ({}, run, dict(merges=MERGES, stamp="other"), "trained on other data"),
-             ({}, changed, {}, "other parameters or optimisers")]
-    cases += [(change, run, {}, "") for change in (
-        {"model": {}}, {"history": 3}, {"optimizers": content["optimizers"][::-1]}, {"optimizers": []})]
+             ({}, run, dict(merges=[(b"a", b"c")]), "another tokenizer"), ({}, changed, {}, "other .* optimisers"),
+             ({}, run, dict(merges=MERGES, stamp="other"), "other data"), *((change, run, {}, "") for change in wrong)]
     torch.set_rng_state(before[2])
     for change, into, options, words in cases:
         torch.save({**content, **change}, path)
@@ -284,28 +250,22 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(library, tmp_path, cap
     assert run.pick_up(path).history["loss"] == [] and "training starts afresh: " in capsys.readouterr().out
 
 
-def mutated(good, rng):
-    data, at, kind = bytearray(good), rng.randrange(len(good)), rng.randrange(4)
-    if kind == 0:
-        data[at] ^= 1 << rng.randrange(8)                   # one bit, anywhere
-    elif kind == 1:
-        data[-1 - at % 2000] ^= 1 << rng.randrange(8)       # one in the table of contents, at the end
-    else:
-        data[at:[None, at + 20][kind - 2]] = rng.randbytes(rng.randrange(9))    # cut off; a piece replaced
-    return bytes(data)
-
-
 @pytest.mark.parametrize("count", [80, pytest.param(2000, marks=pytest.mark.slow)])
 def test_damaged_checkpoints_never_load_wrongly(library, tmp_path, count):
     rng, wrong, path = random.Random(0), 0, tmp_path / "run.pt"
     Run(library).train(path)
     good, expected = path.read_bytes(), library.read_checkpoint(path)
     for _ in range(count):
-        path.write_bytes(mutated(good, rng))
+        data, at, kind = bytearray(good), rng.randrange(len(good)), rng.randrange(4)
+        if kind < 2:                                        # a bit anywhere, or in the table of contents, at the end
+            data[(at, -1 - at % 2000)[kind]] ^= 1 << rng.randrange(8)
+        else:                                               # cut off, or a piece replaced
+            data[at:(None, at + 20)[kind - 2]] = rng.randbytes(rng.randrange(9))
+        path.write_bytes(data)
         try:
             assert same(library.read_checkpoint(path), expected)
         except ValueError as error:
-            assert re.fullmatch(r".*run.pt is no whole checkpoint \(.*\), and nothing in it was run; .*again", str(error))
+            assert re.fullmatch(r".*run.pt is no whole checkpoint \(.*\), and nothing .*; delete it.*", str(error))
             wrong += 1
     assert wrong > count / 2
 
@@ -315,15 +275,12 @@ def test_a_token_file_of_another_length_is_made_again(library, tokenizer, tmp_pa
     expected = load().copy()
     assert tokenizer.decode(expected.tolist()) == "".join(library.END_OF_TEXT + text for text in [*texts, ""])
     path, = (tmp_path / "tokens").iterdir()
-    good, made = path.read_bytes(), path.stat().st_mtime_ns
-    assert np.array_equal(load(), expected) and path.stat().st_mtime_ns == made
+    good = path.read_bytes()
     for bad in (good[:-1], good + b"x", b""):
         path.write_bytes(bad)
         assert np.array_equal(load(), expected) and "another length" in capsys.readouterr().out
     assert os.listdir(tmp_path / "tokens") == [path.name]
 
-
-# 4. Numbers gone wrong, stale state, two notebooks
 
 def test_a_loss_that_is_no_number_updates_nothing_and_names_the_last_checkpoint(library, tmp_path):
     def sabotage(run):
@@ -357,37 +314,30 @@ def test_a_changed_setting_names_the_section_to_run_again(library):
         need({**sections_run, 4: (settings, "b")}, settings, 9)
 
 
-@pytest.mark.parametrize("section", [4, 8, 9, 10, 11, 12, 13, 14])
-def test_a_section_without_those_before_it_is_one_sentence(library, section):
-    cells = [source for source, tags in cells_of_sections(section, section) if not tags and "need(" in source]
-    assert cells
-    for source in cells:
-        space = {**vars(library), "sections_run": {}, "settings": library.make_settings("smoke")}
-        with refused("^section 2 has not been run yet: run it first$", RuntimeError):
-            exec(source, space)
+def test_a_section_without_those_before_it_is_one_sentence(library):
+    for section in (4, 8, 9, 10, 11, 12, 13, 14):
+        cells = [source for source, tags in cells_of_sections(section, section) if not tags and "need(" in source]
+        assert cells, section
+        for source in cells:
+            with refused("^section 2 has not been run yet: run it first$", RuntimeError):
+                exec(source, {**vars(library), "sections_run": {}, "settings": library.make_settings("smoke")})
 
 
-def test_a_second_notebook_is_told_before_its_first_step(library, tmp_path, monkeypatch, capsys):
+def test_a_second_notebook_is_told_before_its_first_step(library, tmp_path):
     path, run = tmp_path / "new" / "run.pt", Run(library)
     with library.locked(path), refused("^another notebook is training this very run .*; wait until", RuntimeError):
         run.train(path)
     assert run.history["loss"] == [] and not path.exists()
     run.train(path)                                         # the first has finished
     assert len(Run(library).pick_up(path).history["loss"]) == 12
-    monkeypatch.setattr(filelock.FileLock, "acquire", lambda *_, **__: open("/no/such/lock"))
-    assert len(Run(library).train(path).history["loss"]) == 12
-    assert re.search("no lock can be had for .*; training goes on without one", capsys.readouterr().out)
 
-
-# 5. Bad input: one sentence that names the setting or the file
 
 BAD = {"make_settings": [
-    dict(n_embd=100), dict(n_embd=6, n_head=2), dict(vocab_size=100), dict(vocab_size=512.0), dict(corpus="no such file"),
-    dict(corpus=""), dict(corpus="*.nothing"), dict(corpus=r"C:\Users\me\texts"), dict(corpus="python "), dict(corpus=3),
-    dict(preset="huge"), dict(position="rotari"), dict(position=None), dict(dropout=1.0), dict(dropout="0.1"),
-    dict(learning_rate=math.nan), dict(learning_rate=0), dict(max_steps="100"), dict(max_steps=True), dict(qk_norm=1),
-    dict(n_layer=0), dict(no_such_setting=1), dict(held_out_fraction=0.5), dict(device="gpu"), dict(evaluations=0)],
-    "GPTConfig": [
+    dict(n_embd=100), dict(n_embd=6, n_head=2), dict(vocab_size=100), dict(vocab_size=512.0), dict(corpus="no file"),
+    dict(corpus=""), dict(corpus=r"C:\Users\me\texts"), dict(corpus="python "), dict(corpus=3), dict(position="rotari"),
+    dict(position=None), dict(dropout=1.0), dict(dropout="0.1"), dict(learning_rate=math.nan), dict(learning_rate=0),
+    dict(max_steps="100"), dict(max_steps=True), dict(qk_norm=1), dict(n_layer=0), dict(evaluations=0), dict(device="gpu"),
+    dict(held_out_fraction=0.5), dict(preset="huge"), dict(no_such_setting=1)], "GPTConfig": [
     dict(n_embd=100), dict(n_layer=-1), dict(norm="batchnorm"), dict(activation=3), dict(vocab_size=0), dict(bias="yes"),
     dict(context_length=1), dict(dropout=math.inf), dict(n_embd=12, n_head=4, position="rotary")]}
 
@@ -398,14 +348,13 @@ def test_bad_settings_and_architectures(library, maker, changes):
         getattr(library, maker)(**changes)
 
 
-def documents_of(library, name, **changes):
-    folder = pathlib.Path(name).parent / "data"
-    return library.load_documents(library.make_settings("smoke", corpus=str(name), data_dir=str(folder), **changes))
+def documents_of(library, name):
+    return library.load_documents(library.make_settings("smoke", corpus=str(name), data_dir=str(name.parent / "data")))
 
 
 @pytest.mark.parametrize("name, content, words", [
-    ("a.txt", b"\xff\xfeh\x00i\x00", "line 1 holds the byte 0xff; it looks like UTF-16"), ("a.txt", b"", "holds no text"),
-    ("a.md", b"fine\nnot \xe9 fine\n", "line 2 holds the byte 0xe9"), ("a.png", b"x", "existing files of type .txt, .md"),
+    ("a.txt", b"\xff\xfeh\x00i\x00", "line 1 holds the byte 0xff; it looks like UTF"), ("a.txt", b"", "holds no text"),
+    ("a.md", b"fine\nnot \xe9 fine\n", "line 2 holds the byte 0xe9"), ("a.png", b"x", "existing files of type .txt"),
     ("a.jsonl", b'{"text": "a"}\n{"text": ', "can't be read"), ("a.jsonl", b'{"title": "a"}\n', "has no column 'text'"),
     ("a.jsonl", b'{"text": 3}\n', "column 'text' of .* holds int"), ("a.jsonl", b"", "holds no text"),
     ("a.jsonl", b'{"text": null}\n', "column 'text' of .* holds NoneType"), ("a.jsonl", b"\n", ""),
@@ -419,7 +368,7 @@ def test_bad_files(library, tmp_path, name, content, words):
 @pytest.mark.parametrize("content, changes, words", [
     (b" \n\n", {}, "corpus leaves no document of 60 to 4000 bytes"), (b"x", {}, "corpus leaves no document"),
     (b"one document " * 9, {}, "corpus leaves the (train|validation|test) set empty"),
-    (b"a document " * 9, dict(min_document_bytes=500, max_document_bytes=100), "corpus leaves no document of 500 to 100")])
+    (b"a document " * 9, dict(min_document_bytes=500, max_document_bytes=100), "corpus leaves no document of 500 to")])
 def test_files_with_too_little_text(library, tmp_path, content, changes, words):
     (tmp_path / "a.txt").write_bytes(content)
     space = {**vars(library), "need": lambda *_: None, "sections_run": {}, "settings": library.make_settings(**changes),
@@ -430,47 +379,39 @@ def test_files_with_too_little_text(library, tmp_path, content, changes, words):
 
 
 def test_files_and_folders_that_may_not_be_read_or_written(library, tmp_path, monkeypatch):
-    def refuse(path):
-        raise PermissionError(13, "Permission denied", path)
     for name in ("data", "secret.txt"):
         (tmp_path / name).write_text("some text")
     with refused("^data_dir is .*data', but it can't be written to"):       # there it is a file
         documents_of(library, tmp_path / "secret.txt")
-    monkeypatch.setattr(library, "decoded_lines", refuse)
-    with refused("^corpus: .*secret.txt' can't be read .*Permission denied"):
+    monkeypatch.setattr(library, "decoded_lines", lambda path: open("/no_such"))
+    with refused("^corpus: .*secret.txt' can't be read .*No such file"):
         list(library.read_own_files(str(tmp_path / "secret.txt")))
 
 
-def test_one_long_line_is_cut_and_no_character_is_lost(library, tmp_path):
-    (tmp_path / "long.txt").write_text("word " * 100_000, encoding="utf-8")
-    lengths = [len(text) for text in documents_of(library, tmp_path / "long.txt")["text"]]
-    assert sum(lengths) == 500_000 and max(lengths) <= 3000
+def test_texts_of_ones_own_come_whole_and_clean(library, tmp_path):
     rng = random.Random(0)
     for _ in range(200):
         parts = ["word ", "\n", "\n\n", "x" * rng.randrange(1, 90), "\t"]
         text = "".join(rng.choices(parts, k=rng.randrange(60)))
         pieces = list(library.passages(text.splitlines(keepends=True), size=20))
         assert "".join(pieces) == text and all(len(piece) <= 80 for piece in pieces)
-
-
-def test_nul_bytes_and_lone_surrogates_are_cleaned(library, tmp_path):
     (tmp_path / "nul.txt").write_bytes(b"one\x00two\r\nthree  \n")
     row = library.normalise(documents_of(library, tmp_path / "nul.txt")[0])
     assert row == {"text": "onetwo\nthree", "bytes": 12} and library.normalise({"text": "a\ud800b"})["text"] == "a?b"
 
 
-@pytest.mark.parametrize("prompt", ["", "x" * 100_000, "🎉🎉", "<|endoftext|>", "a\ud800b", "\x00"], ids=range(6))
-def test_any_prompt_works_and_is_text(library, tokenizer, prompt):
+def test_any_prompt_works_and_is_text(library, tokenizer):
     model = library.GPT(referees.small_config(library, vocab_size=tokenizer.n_vocab))
-    assert library.generate(model, tokenizer, prompt, 3, seed=0)[0].startswith(prompt)
-    ids = library.encode_prompt(tokenizer, prompt)
-    assert ids[0] == tokenizer.eot_token and tokenizer.eot_token not in ids[1:]
+    for prompt in ("", "x" * 100_000, "🎉🎉", "<|endoftext|>", "a\ud800b", "\x00"):
+        ids = library.encode_prompt(tokenizer, prompt)
+        assert [i for i, token in enumerate(ids) if token == tokenizer.eot_token] == [0]
+        assert library.generate(model, tokenizer, prompt, 3, seed=0)[0].startswith(prompt)
 
 
 @pytest.mark.parametrize("options", [
     dict(prompt=None), dict(samples=0), dict(max_new_tokens=-1), dict(max_new_tokens=2.5), dict(seed=-1), dict(seed="x"),
-    dict(temperature=-0.5), dict(temperature=math.nan), dict(temperature=math.inf), dict(temperature=True), dict(top_k=0),
-    dict(top_k=1.5), dict(top_p=0.0), dict(top_p=1.01), dict(top_p="1"), dict(min_p=0)], ids=str)
+    dict(temperature=-0.5), dict(temperature=math.nan), dict(temperature=math.inf), dict(temperature=True),
+    dict(top_k=0), dict(top_k=1.5), dict(top_p=0.0), dict(top_p=1.01), dict(top_p="1"), dict(min_p=0)], ids=str)
 def test_bad_options_of_sampling(library, tokenizer, options):
     model = library.GPT(referees.small_config(library, vocab_size=tokenizer.n_vocab))
     with refused(f"^{next(iter(options))} is .*, but it must be "):
