@@ -68,14 +68,15 @@ def start_notebook(folder, name=NOTEBOOK.name, output="run.ipynb", **environment
     values["PATH"] = os.path.dirname(sys.executable) + os.pathsep + values["PATH"]      # so that jupyter is this Python's
     if "TIKTOKEN_CACHE_DIR" not in environment:
         values.pop("TIKTOKEN_CACHE_DIR", None)
-    return subprocess.Popen([sys.executable, "-m", "jupyter", "execute", name, "--output", output], cwd=folder, env=values,
-                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    with open(folder / "printed.txt", "w") as printed:      # a pipe would stay open as long as any grandchild holds it
+        return subprocess.Popen([sys.executable, "-m", "jupyter", "execute", name, "--output", output], cwd=folder, env=values,
+                                stdout=printed, stderr=subprocess.STDOUT, text=True)
 
 
 def finish_notebook(process, folder, output="run.ipynb"):
     """Waits for start_notebook's process; returns the text of the outputs."""
-    printed, _ = process.communicate(timeout=900)
-    assert process.returncode == 0, printed[-3000:]
+    assert process.wait(timeout=900) == 0, (folder / "printed.txt").read_text()[-3000:]
+    (folder / "printed.txt").unlink()
     return outputs_text(json.loads((folder / output).read_text(encoding="utf-8")))
 
 

@@ -204,17 +204,7 @@ def test_large_models_have_their_published_sizes(library):
     assert 6500 < millions["a 7B model"] < 7500
 
 
-@pytest.mark.parametrize("changes", [{}, dict(position="rotary"), dict(qk_norm=True), dict(activation="gelu"), dict(position="rotary", qk_norm=True, tie_embeddings=False),
-                                     dict(norm="rmsnorm", bias=False, activation="relu_squared")], ids=str)
-def test_kept_numbers_are_what_is_kept(library, changes):
-    for shape in ((500, 96, 2, 4, 64), (900, 64, 3, 2, 96), (300, 128, 1, 8, 64)):
-        config = library.GPTConfig(*shape, **changes)
-        assert abs(8 * config.context_length * library.kept_numbers(config) / library.kept_bytes(config, 2) - 1) < 0.02
-        assert library.kept_numbers(config) - library.kept_numbers(config, fused=True) == config.n_layer * config.n_head * config.context_length
-
-
 def test_what_it_takes_by_hand(library):
     takes, parameters = library.what_it_takes(library.GPTConfig(), rate=1e12), 124_439_808
     flops = 20 * parameters * (6 * (12 * 12 * 768**2 + 50257 * 768) + 12 * 12 * 1024 * 768)
-    kept = [2 * 1024 * (12 * (30 * 768 + weights) + 3 * 768 + 50257) / 1e9 for weights in (12 * 1024, 0)]
-    assert np.allclose(list(takes.values()), [parameters / 1e6, 20 * parameters / 1e9, 16 * parameters / 1e9, *kept, flops / 1e12 / 3600])
+    assert np.allclose(list(takes.values()), [parameters / 1e6, 20 * parameters / 1e9, 16 * parameters / 1e9, flops / 1e12 / 3600])

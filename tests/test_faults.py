@@ -1,9 +1,11 @@
 """Nothing lost, nothing let in: kills, full disks, damaged files, the stop button, stale state, bad input."""
-import contextlib, dataclasses, math, os, pathlib, random, re, shutil, signal, subprocess, sys, threading, time
+import contextlib, dataclasses, gzip, itertools, json, math, os, pathlib, random, re, shutil, signal, subprocess, sys, threading, time
+import tracemalloc
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, strategies as st
 
 import referees
 from conftest import cells_of_sections, load_library
@@ -353,12 +355,11 @@ def documents_of(library, name):
 
 
 @pytest.mark.parametrize("name, content, words", [
-    ("a.txt", b"\xff\xfeh\x00i\x00", "line 1 holds the byte 0xff; it looks like UTF"), ("a.txt", b"", "holds no text"),
-    ("a.md", b"fine\nnot \xe9 fine\n", "line 2 holds the byte 0xe9"), ("a.png", b"x", "existing files of type .txt"),
-    ("a.jsonl", b'{"text": "a"}\n{"text": ', "can't be read"), ("a.jsonl", b'{"title": "a"}\n', "has no column 'text'"),
-    ("a.jsonl", b'{"text": 3}\n', "column 'text' of .* holds int"), ("a.jsonl", b"", "holds no text"),
-    ("a.jsonl", b'{"text": null}\n', "column 'text' of .* holds NoneType"), ("a.jsonl", b"\n", ""),
-    ("a.parquet", b"PAR1 no parquet", "can't be read"), ("a.parquet", b"", "holds no text")])
+    ("a.txt", b"", "holds no text"), ("a.png", b"x", "existing files of type .txt"), ("a.txt", b"\x89PNG\r\n\x00\xff", "holds no text"),
+    ("a.jsonl", b'{"text": "a"}\n{"text": ', "holds no text"), ("a.jsonl", b'{"title": "a", "body": "b"}\n', "no column 'text', but only title, body"),
+    ("a.jsonl", b'{"text": 3}\n', "holds no text"), ("a.jsonl", b"", "holds no text"), ("a.csv", b"story\nx\n", "but only story; choose"),
+    ("a.jsonl", b'{"text": null}\n', "holds no text"), ("a.jsonl", b"\n", ""), ("a.txt.gz", b"no gzip", "holds no text"),
+    ("a.parquet", b"PAR1 no parquet", "holds no text"), ("a.parquet", b"", "holds no text")])
 def test_bad_files(library, tmp_path, name, content, words):
     (tmp_path / name).write_bytes(content)
     with refused(rf"^corpus(?=.*{name}').*{words}"):
@@ -378,14 +379,14 @@ def test_files_with_too_little_text(library, tmp_path, content, changes, words):
             exec(source, space)
 
 
-def test_files_and_folders_that_may_not_be_read_or_written(library, tmp_path, monkeypatch):
+def test_files_and_folders_that_may_not_be_read_or_written(library, tmp_path, monkeypatch, capsys):
     for name in ("data", "secret.txt"):
         (tmp_path / name).write_text("some text")
     with refused("^data_dir is .*data', but it can't be written to"):       # there it is a file
         documents_of(library, tmp_path / "secret.txt")
-    monkeypatch.setattr(library, "decoded_lines", lambda path: open("/no_such"))
-    with refused("^corpus: .*secret.txt' can't be read .*No such file"):
-        list(library.read_own_files(str(tmp_path / "secret.txt")))
+    monkeypatch.setattr(library, "decoded_blocks", lambda path: open("/no_such"))
+    assert list(library.read_own_files(str(tmp_path / "secret.txt"), "text")) == []
+    assert re.search(r"^passed over: .*secret.txt \(.*No such file", capsys.readouterr().out)
 
 
 def test_texts_of_ones_own_come_whole_and_clean(library, tmp_path):
@@ -393,11 +394,74 @@ def test_texts_of_ones_own_come_whole_and_clean(library, tmp_path):
     for _ in range(200):
         parts = ["word ", "\n", "\n\n", "x" * rng.randrange(1, 90), "\t"]
         text = "".join(rng.choices(parts, k=rng.randrange(60)))
-        pieces = list(library.passages(text.splitlines(keepends=True), size=20))
-        assert "".join(pieces) == text and all(len(piece) <= 80 for piece in pieces)
+        blocks = [text[i:i + 7] for i in range(0, len(text), 7)]
+        pieces = list(library.passages(blocks, size=20))
+        assert "".join(pieces) == text and all(len(piece.encode()) <= 20 for piece in pieces)
     (tmp_path / "nul.txt").write_bytes(b"one\x00two\r\nthree  \n")
     row = library.normalise(documents_of(library, tmp_path / "nul.txt")[0])
     assert row == {"text": "onetwo\nthree", "bytes": 12} and library.normalise({"text": "a\ud800b"})["text"] == "a?b"
+
+
+PROSE = "The north wind and the sun disputed who was the stronger of the two, and a traveller came along. "
+KEPT = {  # name: (content, characters of it that are kept)
+    "english.txt": (f"{PROSE * 24}\n".encode() * 20, len(PROSE) * 480), "russian.txt": (("Северный ветер и солнце спорили. " * 60 + "\n").encode() * 20, 33 * 1200),
+    "chinese.md": (("北风和太阳争论谁更强。" * 30 + "\n").encode() * 30, 11 * 900), "BOOK.TXT": (PROSE.encode() * 9, len(PROSE) * 9),
+    "latin.text": ("Señor, ¿dónde está? ".encode("latin-1") * 50, 1000), "windows.txt": (PROSE.encode("utf-16") * 9, len(PROSE) * 9),
+    "crlf.markdown": (b"\xef\xbb\xbf" + b"one line\r\n" * 90, 9 * 90), "zipped.txt.gz": (gzip.compress(PROSE.encode() * 9), len(PROSE) * 9),
+    "list.json": (json.dumps([{"text": PROSE}, {"text": None}, {"text": PROSE}]).encode(), len(PROSE) * 2),
+    "table.csv": (b"text,n\n" + PROSE.replace(",", "").encode() + b",1\n", len(PROSE) - 1), "notes [1].txt": (PROSE.encode() * 9, len(PROSE) * 9)}
+
+
+@pytest.mark.parametrize("name", KEPT)
+def test_nine_tenths_of_a_text_are_used(library, tmp_path, name):
+    content, characters = KEPT[name]
+    folder = tmp_path / "old [2024] texts"
+    folder.mkdir()
+    (folder / name).write_bytes(content)
+    (folder / "picture.png").write_bytes(b"x")
+    for corpus in (folder, folder / name):
+        texts = [library.normalise(row)["text"] for row in library.read_own_files(str(corpus), "text")]
+        used = [text for text in texts if 60 <= len(text.encode()) <= 4000]
+        assert 0.9 * characters <= sum(map(len, used)) <= 1.01 * characters, (len(used), sum(map(len, used)), characters)
+
+
+def test_own_files_are_found_once_and_named_by_their_text(library, tmp_path):
+    for name, text in (("a.txt", "first"), ("sub/b.txt", "second"), ("c.jpg", "no text")):
+        (tmp_path / "here" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "here" / name).write_text(text)
+    try:
+        (tmp_path / "here" / "sub" / "loop").symlink_to(tmp_path / "here", target_is_directory=True)
+        (tmp_path / "here" / "again.txt").symlink_to("a.txt")
+    except OSError:
+        pass                                                                          # Windows may forbid links
+    shutil.copytree(tmp_path / "here", tmp_path / "there", symlinks=True)
+    found = [sorted((row["text"], row["source"]) for row in library.read_own_files(str(place), "text"))
+             for place in (tmp_path / "here", tmp_path / "there", tmp_path / "here" / "**" / "*.txt")]
+    assert found[0] == found[1] == found[2] and [text for text, _ in found[0]] == ["first", "second"]
+    settings = library.make_settings(corpus=str(tmp_path / "here"), data_dir=str(tmp_path / "data"))
+    assert len(library.load_documents(settings)) == 2
+
+
+@given(st.lists(st.integers(1, 400), min_size=3, max_size=40), st.sampled_from([0.02, 0.06, 0.2]), st.integers(0, 99))
+def test_held_out_sets_get_their_share_by_size(library, sizes, fraction, seed):
+    sources = [f"{seed} {i}" for i in range(len(sizes))]
+    sides = library.sides_by_size(sources, sizes, fraction)
+    assert library.sides_by_size(sources[::-1], sizes[::-1], fraction) == sides[::-1]
+    for name in ("validation", "test"):
+        share = sum(size for size, side in zip(sizes, sides) if side == name) / sum(sizes)
+        assert share > 0
+        if max(sizes) <= fraction * sum(sizes) / 4 or len(sizes) * fraction > 4 and max(sizes) <= 2 * min(sizes):
+            assert 0.5 * fraction <= share <= 1.5 * fraction
+    assert "train" in sides
+
+
+def test_a_file_in_one_line_is_read_in_bounded_memory(library, tmp_path):
+    (tmp_path / "line.txt").write_bytes(b"all in one line " * 1_000_000)
+    tracemalloc.start()
+    rows = sum(1 for _ in itertools.islice(library.read_own_files(str(tmp_path / "line.txt"), "text"), 2000))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert rows == 2000 and peak < 4_000_000
 
 
 def test_any_prompt_works_and_is_text(library, tokenizer):

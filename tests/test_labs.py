@@ -9,7 +9,7 @@ from conftest import NOTEBOOK, ROOT, cells_of_sections, outputs_text, run_with
 
 RECORDS = json.loads((ROOT / "checkpoints" / "recorded.json").read_text(encoding="utf-8"))
 POINTS = {"parts": "part_points(settings)", "positions": "position_points(settings)",
-          "shapes": "varied(settings, *SHAPES)", "sizes": "size_points(settings, tokenizer.n_vocab)"}
+          "shapes": "varied(dataclasses.replace(settings, max_steps=200), *SHAPES)", "sizes": "size_points(settings, tokenizer.n_vocab)"}
 
 
 @pytest.mark.parametrize("lab", POINTS)
@@ -22,7 +22,7 @@ def test_records_fit_the_points_of_the_labs(library, lab):
         config = library.make_config(points[name], 2048)
         assert row["parameters"] == library.matrix_parameters(config)
         assert all(len(scores) >= 3 for scores in row["scores"].values())
-        assert lab != "sizes" or set(row["steps"]["each to its end"]) == {points[name].max_steps}
+        assert {step for steps in row["steps"].values() for step in steps} == {points[name].max_steps}
 
 
 @pytest.mark.long
@@ -36,7 +36,7 @@ def test_a_recorded_run_can_be_repeated(library, lab, tmp_path, monkeypatch):
     for source, _ in cells_of_sections(0, 4):
         exec(source, space)
     name, row = next(iter(RECORDS[lab]["rows"].items()))
-    kind = list(row["scores"])[-1 if lab == "parts" else 0]                # parts: at equal steps
+    kind = list(row["scores"])[0]
     steps = (row["steps"].get(kind) or next(iter(row["steps"].values())))[0]
     point, tokenizer = dataclasses.replace(eval(POINTS[lab], space)[name], max_steps=steps, seed=1), space["tokenizer"]
     model, _ = library.experiment(point, space["train_tokens"], tokenizer, torch.device("cpu"), torch.float32)
@@ -111,7 +111,7 @@ def test_a_check_of_the_gallery_catches_its_failure_and_passes_the_healthy_twin(
     assert library.attention_weights.__name__ == "attention_weights" and library.Block.__name__ == "Block"
 
 
-def test_the_committed_gallery_shows_and_catches_all_seven(library):
+def test_the_committed_gallery_shows_and_catches_all(library):
     text = outputs_text(json.loads(NOTEBOOK.read_text(encoding="utf-8")))
     for name in library.failures():
         broken, healthy, caught = re.search(
@@ -141,9 +141,8 @@ def test_the_pretrained_model_opens_and_scores_what_it_says(library, copy):
     said = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))["scores"]
     text = run_with(copy, 'preset, changes = "pretrained", dict(samples=200)', "## 12 ")
     score = float(re.search(r"^GPT +([\d.]+) bits per byte", text, re.M).group(1))
-    valid = float(re.search(r"^GPT, min-p 0.1 +([\d.]+)% ", text, re.M).group(1)) / 100
-    assert said["bits_per_byte"] <= 1.0 and said["parse, min-p 0.1"] >= 0.85 and said["samples"] == 200
-    assert abs(score - said["bits_per_byte"]) < 0.04 and abs(valid - said["parse, min-p 0.1"]) < 0.08
+    valid = float(re.search(r"^GPT, min-p 0.1 .*?%.*? +([\d.]+)% ", text, re.M).group(1)) / 100
+    assert abs(score - said["bits_per_byte"]) < 0.04 and abs(valid - said["valid, min-p 0.1"]) < 0.08
     assert f"{said['bits_per_byte']:.3f} bits per byte" in (ROOT / "README.md").read_text(encoding="utf-8")
 
 

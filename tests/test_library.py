@@ -110,17 +110,35 @@ def test_copies_go_and_the_first_stays(library):
     assert library.drop_exact_duplicates(["a", "b", "a", "c", "b"]) == [0, 1, 3]
     words = [f"word{i}" for i in range(60)]
     texts = [" ".join(row) for row in (words, words + ["more"], words[:30] + words[:30:-1], ["quite different"] * 9)]
-    assert library.drop_near_duplicates(texts, 0.5) == [0, 2, 3] and library.drop_near_duplicates(texts, 0.2) == [0, 3]
+    assert library.drop_near_duplicates(texts, 0.5) == [0, 2, 3]
     assert library.drop_near_duplicates(["", "", "short", "short", "a b c d e"], 0.5) == [0, 2, 4]
     texts = [" ".join(map(str, row)) for row in np.random.default_rng(0).integers(50, size=(20, 200))]
-    assert library.drop_near_duplicates(texts * 2, 0.5, sampling=4) == list(range(20))
+    assert library.drop_near_duplicates(texts * 2, 0.5) == list(range(20))
+    part, whole = " ".join(words[:20]), " ".join(words)                   # a quarter as similar, but held out
+    assert library.drop_near_duplicates([part, whole]) == [0, 1] and library.drop_near_duplicates([part, whole], held_out=1) == [0]
+
+
+@pytest.mark.parametrize("similarity", [0.3, 0.5, 0.8])
+def test_near_duplicates_are_judged_one_by_one(library, similarity):
+    """Pairs of known similarity are dropped about as often as the formula says, however many texts there are."""
+    rng, rows = np.random.default_rng(0), {0.3: 2, 0.5: 3, 0.8: 7}[similarity]
+    for alike in (0.9, 0.6, 0.15):
+        texts = []
+        for _ in range(150):
+            one = rng.integers(10**9, size=130)
+            shared = round(126 * 2 * alike / (1 + alike)) + 4
+            texts += [" ".join(map(str, one)), " ".join(map(str, [*one[:shared], *rng.integers(10**9, size=130 - shared)]))]
+        dropped = (300 - len(library.drop_near_duplicates(texts, similarity))) / 150
+        assert abs(dropped - (1 - (1 - alike**rows) ** (32 // rows))) < 0.12
 
 
 def test_the_split_is_by_source(library):
     names = [f"module_{i}.py" for i in range(2000)] * 2
-    parts = library.split_documents(library.datasets.Dataset.from_dict({"text": names, "source": names}), 0.1)
+    table = library.datasets.Dataset.from_dict({"text": names, "source": names, "bytes": [12] * 4000})
+    parts = library.split_documents(library.add_sides(table, library.make_settings(held_out_fraction=0.1)))
     assert sum(map(len, parts.values())) == 4000 == 2 * sum(len(set(part["source"])) for part in parts.values())
-    assert all(abs(len(parts[name]) - size) < 120 for name, size in dict(train=3200, validation=400, test=400).items())
+    assert all(abs(len(parts[name]) - size) < 130 for name, size in dict(train=3240, validation=400, test=360).items())
+    assert {name: library.hash_fraction(name) < 0.1 for name in names} == {name: name in set(parts["validation"]["source"]) for name in names}
 
 
 @given(st.lists(st.integers(1, 40), min_size=1, max_size=12), st.integers(2, 20))
@@ -160,13 +178,14 @@ def test_shared_runs_against_a_plain_search(library, rows, training, length):
 
 
 def test_scorers(library, tokenizer):
-    assert library.parses("def f():\n    pass") and not any(map(library.parses, ("", "def f(", "x\x00", "[" * 10**5)))
+    assert library.is_valid("def f():\n    pass")
+    assert not any(map(library.is_valid, ("", "def f(", "x\x00", "[" * 10**5, "return 1", "def f(a, a): pass", "break", "x" + "()" * 10**5)))
     assert library.wilson_interval(8, 10) == pytest.approx((0.490, 0.943), abs=0.001)
     end, texts = tokenizer.eot_token, ["ab", "naïve", "x" * 9]
     tokens = torch.tensor([end] + [t for text in texts for t in [*tokenizer.encode_ordinary(text), end]])
     ratios = [(len(tokenizer.encode_ordinary(text)) + 1) / len(text.encode()) for text in texts]
     one_bit_each = torch.full((len(tokens) - 1,), math.log(2))
-    assert library.bootstrap_interval(one_bit_each, tokens, end, tokenizer) == pytest.approx([min(ratios), max(ratios)])
+    assert library.bootstrap_interval(one_bit_each, tokens, texts, tokenizer) == pytest.approx([min(ratios), max(ratios)])
     assert library.count_bytes(tokenizer, tokens) == 2 + 6 + 9
 
 
