@@ -155,9 +155,9 @@ def shakespeare_tokens(path):
     return tokens[:cut], tokens[cut:]
 
 
-def whole_losses(library, model, tokens, precision):
+def whole_losses(library, model, tokens):
     """Nats per character of the whole text: windows side by side, and with half a window before."""
-    losses = functools.partial(library.per_token_losses, model, tokens, precision)
+    losses = functools.partial(library.per_token_losses, model, tokens)
     return {"side_by_side": float(losses(stride=model.config.context_length).mean()),
             "half_overlap": float(losses().mean())}
 
@@ -169,7 +169,7 @@ def our_shakespeare(path, row, seconds, seed, precision):
     precision, _ = library.choose_precision(settings, CPU)
     model, taken, steps = train_for(library, seconds, settings, training, precision)
     return {"seconds": taken, "steps": steps, "precision": str(precision)[6:],
-            **whole_losses(library, model, validation, precision)}
+            **whole_losses(library, model, validation)}
 
 
 def nanogpt_shakespeare(path, nanogpt, seed):
@@ -277,8 +277,7 @@ def python_run(folder, seed, changes, seconds=None, precision="auto"):
         step = library.timing_run(settings, config, tokens, CPU, precision)
         seconds = settings.max_steps * step
     model, taken, steps = train_for(library, seconds, settings, tokens, precision, starts)
-    scores = library.evaluate(model, space["validation_tokens"], space["text_bytes"]["validation"],
-                              precision)
+    scores = library.evaluate(model, space["validation_tokens"], space["text_bytes"]["validation"])
     return {"seconds": taken, "steps": steps, "bits_per_byte": scores["bits_per_byte"],
             "precision": str(precision)[6:]}
 
@@ -392,15 +391,6 @@ def row_6(options):
               step_milliseconds=[round(1000 * run["seconds"], 1) for run in runs])
 
 
-def kept_for_backward(compile):
-    """Bytes that a forward pass of the laptop preset's shape keeps for the backward pass."""
-    width, heads, layers, context, batch, vocabulary, _ = SHAPES["laptop preset"]
-    library = prepared_library()
-    plain = library.GPT
-    library.GPT = (lambda config: torch.compile(plain(config))) if compile == "yes" else plain
-    return library.kept_bytes(library.GPTConfig(vocabulary, context, layers, heads, width), batch)
-
-
 def row_compile(options):
     library, (_, _, _, context, batch, *_) = load_library(), SHAPES["laptop preset"]
     settings = library.make_settings("laptop", precision=options.precision)
@@ -410,10 +400,6 @@ def row_compile(options):
             "seconds"]
     yield row("compile", f"training step of the laptop preset, compiled against plain, {precision}",
               "tokens/s", *in_turn(options, rate("yes"), rate("no")))
-    yield row("compile", "kept for the backward pass, GPT-2's parts at the laptop preset's shape, "
-              "compiled against plain, float32", "MB", *(
-                  [in_process("kept_for_backward", compile=choice) / 1e6]
-                  for choice in ("yes", "no")))
 
 
 def row_gpu(options):

@@ -1,6 +1,6 @@
 """Nothing lost, nothing let in: kills, full disks, damaged files, the stop button, stale state, bad input."""
 import contextlib, dataclasses, gzip, itertools, json, math, os, pathlib, random, re, shutil, signal, subprocess, sys, threading, time
-import tracemalloc
+import linecache, tracemalloc, types
 
 import numpy as np
 import pytest
@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, strategies as st
 
 import referees
-from conftest import cells_of_sections, load_library
+from conftest import cells_of_sections, define_cells, load_library
 
 pytestmark = pytest.mark.faults
 posix = pytest.mark.skipif(os.name != "posix", reason="needs POSIX signals, limits and permissions")
@@ -295,6 +295,41 @@ def test_a_loss_that_is_no_number_updates_nothing_and_names_the_last_checkpoint(
         run.train(path, save_every=0)
     assert len(run.history["loss"]) == 5 and same(before, list(run.model.parameters()))
     assert len(Run(library).pick_up(path).train(path).history["loss"]) == 12
+
+
+def hashes_with(old="", new=""):
+    """The fingerprints of the decisive definitions, whose sources inspect can find, with a change."""
+    module = types.ModuleType("inspected")
+    for i, source in enumerate(define_cells()):
+        name, source = f"<cell {i}>", source.replace(old, new) if old else source
+        linecache.cache[name] = len(source), None, source.splitlines(True), name
+        exec(compile(source, name, "exec"), module.__dict__)
+    return module.definition_hashes()
+
+
+def test_the_checkpoints_name_follows_the_code_but_not_its_comments(library):
+    before, settings = hashes_with(), library.make_settings("smoke")
+    assert set(before) == set(library.DECISIVE) and len(set(before.values())) == len(before) and library.definition_hashes() == {}
+    for old, new, names in (("torch.relu(x).square()", "torch.relu(x)", {"relu_squared"}), ("x = x + self.attention(", "x = self.attention(", {"Block"}),
+                            ("# (B, T + 1)", "# another comment", set()), ('"""max(x, 0)²."""', '"""Another docstring."""', set())):
+        after = hashes_with(old, new)
+        assert {name for name in before if before[name] != after[name]} == names
+        assert (library.run_name(settings, "s", before) == library.run_name(settings, "s", after)) == (not names)
+    longer = dataclasses.replace(settings, max_steps=9999, precision="float32", evaluations=1)
+    assert library.run_name(settings, "s", {}) == library.run_name(longer, "s", {}) != library.run_name(settings, "other", {})
+
+
+def test_what_differs_from_before_is_said(library, tmp_path, capsys):
+    settings = library.make_settings("smoke", checkpoint_dir=str(tmp_path), max_steps=12, context_length=16, n_embd=16, batch_size=2)
+    run = Run(library)
+    run.history["definitions"] = {"Block": "new", "GPT": "same"}
+    library.save_checkpoint(tmp_path / "old.pt", run.model, run.optimizers, run.history, settings, MERGES, run.generator, "s")
+    library.starting_history(settings, tmp_path / "new.pt", run.model, run.optimizers, run.generator, MERGES, "s", {"Block": "old", "GPT": "same"})
+    assert capsys.readouterr().out == "old.pt is not used: it was trained with another definition of Block\n"
+    run = Run(library).train(tmp_path / "run.pt")
+    run.settings = dataclasses.replace(run.settings, max_steps=15)
+    assert len(run.train(tmp_path / "run.pt").history["loss"]) == 15
+    assert "max_steps was 12 until step 12, now it is 15" in capsys.readouterr().out
 
 
 def test_a_changed_setting_names_the_section_to_run_again(library):

@@ -9,7 +9,7 @@ import subprocess
 
 import pytest
 
-from conftest import NOTEBOOK, ROOT, code_cells, execute_notebook, load_library, outputs_text, run_with
+from conftest import NOTEBOOK, ROOT, cells_of_sections, code_cells, execute_notebook, load_library, outputs_text, run_with
 
 
 def committed(name):
@@ -146,6 +146,25 @@ def test_gpt2s_vocabulary_runs_up_to_the_labs(tmp_path):
     if not folder.is_dir():
         pytest.skip("needs GPT-2's vocabulary in a tiktoken cache beside the project")
     assert "vocabulary: 50,257 tokens" in run_with(tmp_path, smoke_with(dict(tokenizer="gpt2", samples=5, max_steps=10)), before="## 13 ", TIKTOKEN_CACHE_DIR=str(folder))
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_the_checks_of_sections_1_to_9_pass_for_settings_at_random(seed, tmp_path, monkeypatch, capsys):
+    rng = random.Random(seed)
+    heads, width = rng.choice([(1, 2), (1, 64), (2, 16), (3, 96), (5, 320)])
+    changes = dict(corpus_megabytes=0.3, held_out_fraction=0.2, n_head=heads, n_embd=width, n_layer=rng.choice([1, 3]), vocab_size=rng.choice([320, 600]),
+                   context_length=rng.choice([2, 3, 8, 64]), position=rng.choice(["rotary", "none", "sinusoidal", "learned"]), norm=rng.choice(["rmsnorm", "layernorm"]),
+                   activation=rng.choice(["relu_squared", "gelu", "gelu_tanh"]), dropout=rng.choice([0.0, 0.3]), optimizer=rng.choice(["muon", "adamw"]),
+                   windows=rng.choice(["documents", "anywhere"]), batch_size=2, accumulation_steps=rng.choice([1, 2]), max_steps=3, evaluations=1, sample_tokens=16,
+                   **{name: rng.random() < 0.5 for name in ("qk_norm", "bias", "tie_embeddings")})
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("IPython.display.display", lambda *a, **k: None)
+    space = {"__name__": "run", "display": lambda *a, **k: None}
+    for source, tags in cells_of_sections(0, 9, without={"exercise"}):
+        if "parameters" in tags:
+            source = smoke_with(changes)
+        exec(compile(source, "cell", "exec"), space)
+    assert len(space["history"]["loss"]) == 3, changes
 
 
 def bound_names(tree):

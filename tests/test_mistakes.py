@@ -1,0 +1,89 @@
+"""Mistakes of the kind that students make, planted in the notebook's cells: a cell of the same section must notice."""
+import os
+
+import pytest
+import torch
+
+from conftest import code_cells
+
+MISTAKES = {  # section: (text of a cell, what takes its place), …
+    3: [("counts[old] -= frequency[index]", "counts[old] -= 1"), ("min(known, key=lambda pair: ids[pair[0] + pair[1]])", "known[0]"),
+        ("single_bytes + [first + second", "[first + second")],
+    4: [("return windows[:, :-1], windows[:, 1:]", "return windows[:, 1:], windows[:, :-1]"), ("np.flatnonzero(side == name)", "np.flatnonzero(side != name)"),
+        ("torch.randint(len(tokens) - context_length, (", "torch.randint(len(tokens) - context_length - 1, ("),
+        ("range(a, max(a + 1, b - step), step)", "range(a + 1, max(a + 2, b - step), step)")],
+    5: [("y = x @ self.weight.T", "y = x @ self.weight"), ("is None else y + self.bias.to(y.dtype)", "is None else y"),
+        ("return self.weight[tokens]", "return self.weight[tokens - 1]"), ("fraction) / (1 - fraction)", "fraction)"),
+        ("x.square().mean(-1", "x.square().mean(-2"), ("(x - x.mean(-1, keepdim=True)", "(x"), ("erf(x / math.sqrt(2))", "erf(x)"),
+        ("powers / powers.sum(dim", "powers / powers.sum(0"), ("logits.logsumexp(-1) - ", "logits.logsumexp(-1) + "), ("losses.mean() if", "losses.sum() if")],
+    6: [("scores = q / math.sqrt(q.shape[-1]) @", "scores = q @"), ("masked_fill_(~mask", "masked_fill_(mask"),
+        ("torch.cat([head(x) for head in self.heads], -1)", "torch.cat([head(x) for head in self.heads[::-1]], -1)"),
+        ("T, 3, self.n_head, -1).permute(2, 0, 3, 1, 4)", "T, self.n_head, 3, -1).permute(3, 0, 2, 1, 4)"),
+        ("dtype=torch.bool, device=x.device).tril()", "dtype=torch.bool, device=x.device).triu()")],
+    7: [("angles.sin(), angles.cos()]", "angles.cos(), angles.sin()]"), ("first * sin + second * cos]", "first * sin - second * cos]"),
+        ("device=positions.device) / head_dim)", "device=positions.device) / 2 / head_dim)")],
+    8: [("x = x + self.attention(", "x = self.attention("), (") <= positions[:, None]", ") <= positions[:, None] + 1"),
+        ("x = self.final_norm(x)\n", ""), ("model.output.weight.zero_()", "pass"), ("L * (12 * C * C", "L * (10 * C * C")],
+    9: [("optimizer.zero_grad()", "pass"), ("targets)[1] / settings.accumulation_steps", "targets)[1]"), (".clamp(max=1.0)", ".clamp(min=1.0)"),
+        ('state["mean"] / (1 - beta1 ** state["step"])', 'state["mean"]'), ("p.grad.lerp(momentum", "p.grad.lerp(p.grad"),
+        ("warm = (step + 1)", "warm = step"), ("row[done - start:]", "row[:start + context - done]"), ("/ math.log(2) / text_bytes}", "/ text_bytes}"),
+        ("if p.ndim < 2], weight_decay=0)]\n    adamw", "if p.ndim < 2], weight_decay=0.5)]\n    adamw")],
+    10: [("max(seen.get(token, 0) - self.discount, 0)", "seen.get(token, 0)"), ("p *= self.discount * len(seen)\n            p = (", "p = ("),
+         ("sizes[chosen].sum(1), [2.5", "sizes.sum(), [2.5"), (".sum(1) / math.log(2) / sizes", ".sum(1) / sizes")]}
+UNNOTICED = 3                                                   # so many may go unnoticed
+
+
+@pytest.fixture(scope="module")
+def space(tmp_path_factory):
+    """The notebook's namespace after sections 0 to 4, on little text."""
+    here = os.getcwd()
+    os.chdir(tmp_path_factory.mktemp("mistakes"))
+    space = {"__name__": "run", "display": lambda *a, **k: None}
+    for section, cell in code_cells():
+        tags, source = cell["metadata"].get("tags", []), "".join(cell["source"])
+        if "parameters" in tags:
+            source = 'preset, changes = "smoke", dict(corpus_megabytes=0.3, held_out_fraction=0.2, vocab_size=320)'
+        if section <= 4 or "define" in tags:
+            exec(compile(source, "cell", "exec"), space)
+    space["causal"] = torch.ones(6, 6, dtype=torch.bool).tril()      # what section 6 leaves
+    yield space
+    os.chdir(here)
+
+
+def what_notices(space, wanted, old, new):
+    """What the cells of a section raise with this mistake in them; None where they run through."""
+    space, found = dict(space), 0
+    cells = [(section, cell["metadata"].get("tags", []), "".join(cell["source"])) for section, cell in code_cells()]
+    cells = [cell for cell in cells if "define" in cell[1]] + [cell for cell in cells if "define" not in cell[1]]
+    for section, tags, source in cells:
+        if section == wanted:
+            found += source.count(old)
+            source = source.replace(old, new)
+        before = section == 8 and "= settings, stamp" in source and wanted > 8
+        stop = wanted == 9 and ("step_seconds = timing_run" in source)
+        if wanted == 9 and section == 8 and "overfitted = " in source:
+            before = True
+        if stop:
+            break
+        if "define" in tags or before or section == wanted and section > 4 and "display" not in source and "need(sections_run, settings, 9)" not in source \
+                or section == wanted and "check" in tags or section == wanted == 4 and "split_tables = " in source:
+            try:
+                exec(compile(source, "cell", "exec"), space)
+            except BaseException as error:      # tiktoken's PanicException is no Exception
+                if isinstance(error, KeyboardInterrupt):
+                    raise
+                return error
+        if wanted == 10 and "bootstrap's interval" in source:
+            break
+    assert found == 1, f"{old!r} stands {found} times in section {wanted}"
+
+
+def test_the_cells_pass_without_a_mistake(space):
+    for section in MISTAKES:
+        assert what_notices(space, section, MISTAKES[section][0][0], MISTAKES[section][0][0]) is None, section
+
+
+def test_mistakes_are_noticed_in_their_section(space):
+    unnoticed = [(section, old) for section in MISTAKES for old, new in MISTAKES[section] if what_notices(space, section, old, new) is None]
+    assert sum(map(len, MISTAKES.values())) >= 30 and len(unnoticed) <= UNNOTICED, unnoticed
+    print(unnoticed)
