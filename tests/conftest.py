@@ -99,6 +99,13 @@ def run_with(folder, settings_cell, before=None, more=(), **environment):
     return execute_notebook(folder, **environment)
 
 
+@pytest.fixture(autouse=True)
+def seeded():
+    """Each test draws the same numbers whichever ran before it."""
+    import torch
+    torch.manual_seed(0)
+
+
 @pytest.fixture(scope="session")
 def library():
     return load_library()

@@ -53,7 +53,9 @@ def parts_are_pytorchs(lib):
 def cross_entropy_is_pytorchs(lib):
     logits, targets = torch.randn(7, 30, dtype=torch.float64) * 1000, torch.randint(30, (7,))
     for z in (logits, logits / 1000, logits.bfloat16()):
-        assert torch.allclose(lib.cross_entropy(z, targets).double(), F.cross_entropy(z.double(), targets))
+        for reduction in ("mean", "none"):
+            assert torch.allclose(lib.cross_entropy(z, targets, reduction).double(),
+                                  F.cross_entropy(z.double(), targets, reduction=reduction))
     assert torch.allclose(lib.softmax(logits), torch.softmax(logits, -1))
     assert torch.autograd.gradcheck(lambda z: lib.cross_entropy(z, targets, "none"), (logits / 300).requires_grad_())
 
