@@ -2,8 +2,8 @@
 
     python tests/benchmarks.py --rows 5,6,7 --json
 
-Rows: 1 to 4 train models (minutes to hours), 5 to 10 take seconds to minutes, `memory` runs
-sections 2 to 4 on large texts, `compile` takes training steps with and without torch.compile, and
+Rows: 1 to 4 and `baseline` train models (minutes to hours), 5 to 10 take seconds to minutes,
+`memory` runs sections 2 to 4 on large texts, `compile` takes training steps with and without torch.compile, and
 `gpu` does so on a CUDA card, against nanoGPT at two of its own settings. A peer is compared with
 where its path is given (--nanogpt, --minbpe: checkouts of the public repositories) or where it is
 installed (transformers, tokenizers). Rows 1 to 3 need Tiny Shakespeare as a file (--shakespeare).
@@ -296,6 +296,33 @@ def row_4(options):
               seconds=[round(run["seconds"]) for run in ours], steps=[r["steps"] for r in ours],
               peer_seconds=[round(run["seconds"]) for run in classic],
               peer_steps=[run["steps"] for run in classic], precision=ours[0]["precision"])
+
+
+# Row baseline: the rate and the batch at which GPT-2's parts do best
+
+def baseline_runs(folder, seconds, rates, batches, seed):
+    """{"rate, sequences per step": [bits per byte on 100,000 tokens, steps]} at equal time."""
+    space, library = preprocessed(folder), prepared_library()
+    validation, results = library.spread_sample(space["validation_tokens"], 100_000), {}
+    size = library.count_bytes(space["tokenizer"], validation)
+    for batch, rate in ((batch, rate) for batch in batches for rate in rates):
+        settings = library.make_settings("laptop", **{
+            **library.CLASSIC, **LIKE_NANOGPT, "seed": seed, "learning_rate": rate,
+            "batch_size": min(4, batch), "accumulation_steps": max(1, batch // 4)})
+        model, _, steps = train_for(library, seconds, settings, space["train_tokens"],
+                                    torch.float32)
+        score = library.evaluate(model, validation, size)["bits_per_byte"]
+        results[f"{rate:g}, {batch}"] = [round(score, 4), steps]
+    return results
+
+
+def row_baseline(options):
+    with tempfile.TemporaryDirectory() as folder:
+        runs = in_process("baseline_runs", folder=folder, seconds=options.baseline_seconds,
+                          rates=[0.0005, 0.001, 0.002, 0.004, 0.008], batches=[4, 8, 16], seed=1)
+    best = min(runs, key=runs.get)
+    yield row("baseline", f"GPT-2's parts, {options.baseline_seconds:g} s for each rate and batch; "
+              f"best: {best}", "bits per byte", [runs[best][0]], runs=runs)
 
 
 # Rows 5, 6, compile and gpu: a training step
@@ -618,14 +645,14 @@ def row_memory(options):
 
 ROWS = {**dict.fromkeys((1, 2, 3), rows_1_to_3), 4: row_4, 5: row_5, 6: row_6,
         **dict.fromkeys((7, 8), rows_7_and_8), 9: row_9, 10: row_10,
-        "memory": row_memory, "compile": row_compile, "gpu": row_gpu}
+        "baseline": row_baseline, "memory": row_memory, "compile": row_compile, "gpu": row_gpu}
 
 
 def parse_rows(text):
     rows = [int(part) if part.isdigit() else part for part in text.split(",")]
     if wrong := [name for name in rows if name not in ROWS]:
         raise argparse.ArgumentTypeError(f"row {wrong[0]!r} is unknown; the rows are 1 to 10, "
-                                         f"memory, compile and gpu")
+                                         f"baseline, memory, compile and gpu")
     return rows
 
 
@@ -634,13 +661,14 @@ def main():
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--rows", type=parse_rows, default=[5, 6, 7, 8, 9, 10],
-        help="1 to 10, memory, compile and gpu, with commas between; default 5,6,7,8,9,10")
+        help="1 to 10, baseline, memory, compile, gpu, with commas between; default 5 to 10")
     add("--json", action="store_true", help="one JSON object per row")
     add("--seeds", type=int, default=3, help="how often each is measured (default 3)")
     add("--nanogpt", type=os.path.abspath, help="path of a checkout of nanoGPT")
     add("--minbpe", type=os.path.abspath, help="path of a checkout of minbpe")
     add("--shakespeare", type=os.path.abspath, help="path of Tiny Shakespeare as a text file")
     add("--seconds", type=float, default=118.0, help="time of row 1 without nanoGPT (default 118)")
+    add("--baseline-seconds", type=float, default=60.0, help="of each run (default 60)")
     add("--minutes", type=float, default=10.0, help="time of row 3 (default 10)")
     add("--precision", choices=("auto", "float32", "bfloat16"), default="auto",
         help="of ours in rows 1 to 4, 6 and compile (default auto: bfloat16 where it is faster)")

@@ -1,5 +1,6 @@
 """The panels without a browser: what their widgets hold after each action. test_browser.py sees them in JupyterLab."""
 import re
+import threading
 import time
 
 import pytest
@@ -120,7 +121,41 @@ def test_the_tweak_panel_trains_in_the_background(tweak):
     tweak.stop_button.click()
     tweak.thread.join(60)
     assert "stopped" in tweak.message.value and len(tweak.trials["rows"]) == 3
-    tweak.score, tweak.fields["lab_seconds"].value = lambda model: 1 / 0, "0.3"
+    tweak.fields["lab_seconds"].value = "0.3"
+    for error, words in ((ZeroDivisionError("division by zero"), "division by zero"), (SystemExit(), "SystemExit"), (MemoryError(), "MemoryError")):
+        def score(model):
+            raise error
+        tweak.score = score
+        tweak.train_button.click()
+        tweak.thread.join(60)
+        assert words in tweak.message.value
+
+
+def test_a_lab_that_replaces_a_definition_does_not_reach_a_panel_that_trains(library, tweak):
+    tweak.fields["lab_seconds"].value = "2"
     tweak.train_button.click()
+    while "step" not in tweak.message.value and tweak.thread.is_alive():
+        time.sleep(0.01)
+    assert tweak.thread.is_alive()
+    with library.replaced({"attention_weights": lambda *arguments: 1 / 0}):
+        assert len(tweak.trials["rows"]) == 2, "it did not wait until the trial had ended"
+        assert not library.model_lock.acquire(blocking=False)
     tweak.thread.join(60)
-    assert "division by zero" in tweak.message.value
+    assert "done" in tweak.message.value
+
+
+def test_recording_catches_no_call_of_another_thread(library, model):
+    """Another thread runs the same model in the middle of the recorded pass, hooks and all."""
+    tokens, other = torch.tensor([[1, 2, 3, 4, 5]]), torch.tensor([[7, 8]])
+    alone = library.record_attention(model, tokens), library.logit_lens(model, tokens)
+
+    def meanwhile(block, arguments):
+        if arguments[0].shape[1] == 5:
+            thread = threading.Thread(target=model, args=(other,))
+            thread.start()
+            thread.join()
+
+    with model.blocks[1].register_forward_pre_hook(meanwhile):
+        weights, lens = library.record_attention(model, tokens), library.logit_lens(model, tokens)
+    assert len(weights) == len(alone[0]) and all(map(torch.equal, weights, alone[0])) and torch.equal(lens, alone[1])
+    assert not any(block._forward_hooks or block.attention._forward_hooks for block in model.blocks)
