@@ -53,6 +53,28 @@ class Run:
                 self.history["norm"], self.generator.get_state()]
 
 
+def test_steps_that_fit_are_planned_once(library, tmp_path, monkeypatch):
+    """`minutes` only lowers max_steps; the plan is saved before the first step and holds, whatever the clock says later."""
+    settings, history, tokens = library.make_settings(max_steps=100, minutes=1.0), library.new_history(), torch.zeros(10**6)
+    plan = lambda changes, seconds, history: library.planned(library.dataclasses.replace(settings, **changes), seconds, tokens, history).max_steps
+    assert plan({}, 3.0, history) == 20 and plan({}, 0.001, history) == plan({}, 50.0, history) == 20
+    assert plan(dict(minutes=2.0), 3.0, history) == 40 and plan(dict(max_steps=30), 3.0, history) == 20
+    assert plan({}, 0.001, {}) == plan(dict(minutes=None), 1e9, {}) == 100 and plan({}, 1e9, {}) == 1
+    short = tokens[:library.MOST_EPOCHS]        # so many epochs of ten tokens
+    assert library.planned(settings, 0.001, short, {}).max_steps == 1
+    assert library.planned(library.dataclasses.replace(settings, dropout=0.0), 0.001, short, {}).max_steps == 100
+
+    def die(*_):
+        raise SystemExit
+    run = Run(library, before_step=die)
+    run.history["plan"] = {"asked": [60, 7.5], "steps": 50}
+    with pytest.raises(SystemExit):
+        run.train(tmp_path / "run.pt", measure=lambda step: {})
+    assert library.read_checkpoint(tmp_path / "run.pt")["history"]["plan"] == run.history["plan"]
+    first, other = library.make_settings(minutes=1.0), library.make_settings(minutes=None)
+    assert library.run_name(first, "stamp", {}) == library.run_name(other, "stamp", {})
+
+
 def same(a, b):
     """Equal to the bit, in nested containers of tensors and plain values."""
     if isinstance(a, dict):
@@ -417,8 +439,9 @@ def test_files_with_too_little_text(library, tmp_path, content, changes, words):
 def test_files_and_folders_that_may_not_be_read_or_written(library, tmp_path, monkeypatch, capsys):
     for name in ("data", "secret.txt"):
         (tmp_path / name).write_text("some text")
-    with refused("^data_dir is .*data', but it can't be written to"):       # there it is a file
-        documents_of(library, tmp_path / "secret.txt")
+    folder = library.writable_folder(str(tmp_path / "data"))       # there it is a file
+    assert os.listdir(folder) == [] and re.match(r".*data can't be written to \(File exists\): data go to a temporary", capsys.readouterr().out)
+    assert library.writable_folder(str(tmp_path / "new" / "folder")) == str(tmp_path / "new" / "folder") and not capsys.readouterr().out
     monkeypatch.setattr(library, "decoded_blocks", lambda path: open("/no_such"))
     assert list(library.read_own_files(str(tmp_path / "secret.txt"), "text")) == []
     assert re.search(r"^passed over: .*secret.txt \(.*No such file", capsys.readouterr().out)

@@ -7,7 +7,7 @@ import torch
 from conftest import code_cells
 
 MISTAKES = {  # section: (text of a cell, what takes its place), …
-    3: [("counts[old] -= frequency[index]", "counts[old] -= 1"), ("min(known, key=lambda pair: ids[pair[0] + pair[1]])", "known[0]"),
+    3: [("counts[joined, word[i + 2]] += weight", "counts[joined, word[i + 2]] += 1"), ("min(known, key=lambda pair: ids[pair[0] + pair[1]])", "known[0]"),
         ("single_bytes + [first + second", "[first + second")],
     4: [("return windows[:, :-1], windows[:, 1:]", "return windows[:, 1:], windows[:, :-1]"), ("np.flatnonzero(side == name)", "np.flatnonzero(side != name)"),
         ("torch.randint(len(tokens) - context_length, (", "torch.randint(len(tokens) - context_length - 1, ("),
