@@ -32,6 +32,29 @@ def save(model, folder, layout="transformers"):
     return folder
 
 
+def resaved(folder, change):
+    """The file of weights, with {name: tensor} changed by a function."""
+    save_file(change(load_file(folder / "model.safetensors")), folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def test_weights_from_elsewhere_work_or_are_refused_by_name(library, tmp_path):
+    """A wrapper's prefix, an output layer written out, one of its own, and a vocabulary padded to a round number."""
+    peer, tokens = scaled_up(SHAPES[0]), torch.arange(30)[None]
+    wanted = library.load_gpt2(save(peer, tmp_path))(tokens)[0]
+    resaved(tmp_path, lambda tensors: {**tensors, "lm_head.weight": tensors["transformer.wte.weight"].clone()})
+    for prefix in ("_orig_mod.", "module.", "module._orig_mod."):
+        resaved(tmp_path, lambda tensors: {prefix + name.removeprefix("module."): t for name, t in tensors.items()})
+        assert torch.equal(library.load_gpt2(tmp_path)(tokens)[0], wanted)
+    save(peer, tmp_path)
+    resaved(tmp_path, lambda tensors: {**tensors, "lm_head.weight": tensors["transformer.wte.weight"] + 1})
+    with pytest.raises(ValueError, match="'lm_head.weight' differs from 'wte.weight', but a GPT-2's output layer is its token embedding$"):
+        library.load_gpt2(tmp_path)
+    save(peer, tmp_path)
+    resaved(tmp_path, lambda tensors: {**tensors, "transformer.wte.weight": torch.cat([tensors["transformer.wte.weight"], torch.zeros(3, 32)])})
+    with pytest.raises(ValueError, match=r"the shape of 'wte.weight' is \[64, 32\], but it must be \[61, 32\]$"):
+        library.load_gpt2(tmp_path)
+
+
 def close(a, b):
     return float((a - b).abs().max() / b.abs().max()) < 1e-4
 

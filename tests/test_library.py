@@ -1,5 +1,6 @@
 """The notebook's definitions against independent references, and properties that must hold for any input."""
 import ast
+import contextlib
 import math
 import re
 import symtable
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings as hypothesis_settings, strategies as st
+from torch.nn import functional as F
 
 import referees
 from conftest import code_cells, define_cells
@@ -220,6 +222,56 @@ def test_seeds_samples_and_the_end_of_text(library, model, tokenizer, monkeypatc
     rows = torch.tensor([[104, 105], [tokenizer.eot_token, 33], [33, tokenizer.eot_token], [7, 7]])
     monkeypatch.setattr(library, "stream_tokens", lambda *_, **__: iter(rows))
     assert library.generate(None, tokenizer, "o", samples=2) == ["oh", "oi!"], "each to its end, and no further"
+
+
+def test_a_token_that_may_attend_to_nothing_gets_zeros_and_finite_gradients(library):
+    mask, results = torch.tensor([[True, False, True], [False] * 3, [True] * 3]), []
+    for attention in (library.scaled_dot_product_attention, lambda q, k, v, m: F.scaled_dot_product_attention(q, k, v, attn_mask=m)):
+        torch.manual_seed(0)
+        parts = [torch.randn(2, 2, 3, 4, requires_grad=True) for _ in range(3)]
+        result = attention(*parts, mask)
+        (result * torch.randn_like(result)).sum().backward()
+        results.append([result, *(part.grad for part in parts)])
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(*results)) and not results[0][0][..., 1, :].any()
+
+
+def test_frozen_parameters_stay_and_the_rest_learns(library):
+    settings, tokens = library.make_settings("smoke", max_steps=3, context_length=8, n_embd=16, batch_size=2), torch.arange(200) % 50
+    for optimizer in ("muon", "adamw"):
+        for frozen in ("blocks", "blocks.1.attention", "token_embedding", ""):
+            settings = library.dataclasses.replace(settings, optimizer=optimizer)
+            model = library.GPT(library.make_config(settings, 50))
+            before = {name: p.clone() for name, p in model.named_parameters()}
+            for name, p in model.named_parameters():
+                p.requires_grad = not name.startswith(frozen or "nothing")
+            library.train(model, library.make_optimizers(model, settings), tokens, settings, library.new_history(), torch.Generator())
+            for name, p in model.named_parameters():
+                assert torch.equal(p, before[name]) == bool(frozen and name.startswith(frozen)), name
+    for p in model.parameters():
+        p.requires_grad = False
+    with pytest.raises(ValueError, match="^requires_grad is False for every parameter: there is nothing to train$"):
+        library.train(model, library.make_optimizers(model, settings), tokens, settings, library.new_history(), torch.Generator())
+
+
+def test_sampling_and_scoring_give_the_mode_back_also_when_interrupted(library, model, tokenizer):
+    tokens = torch.randint(50, (60,))
+    for training in (True, False):
+        model.train(training)
+        library.generate(model, tokenizer, "a", 3, seed=0)
+        library.per_token_losses(model, tokens)
+        library.generate_simple(model, tokens[None, :3], 2, 1.0, torch.Generator())
+        stream = library.stream_tokens(model, tokens[None, :3], 5)
+        next(stream)
+        del stream
+        library.record_attention(model, tokens[None, :5]), library.logit_lens(model, tokens[None, :5])
+        with contextlib.suppress(KeyboardInterrupt), model.blocks[0].register_forward_hook(interrupt):
+            library.per_token_losses(model, tokens)
+        assert all(module.training is training for module in model.modules())
+        assert library.torch.is_grad_enabled()
+
+
+def interrupt(*_):
+    raise KeyboardInterrupt
 
 
 def test_the_logit_lens_begins_with_the_embedding_and_ends_with_the_model(library):
