@@ -139,6 +139,22 @@ def test_gpt2s_choices_run_from_top_to_bottom_as_a_script(tmp_path):
     assert "parameters, as on paper" in done.stdout and "could not run together here" in done.stdout
 
 
+@pytest.mark.slow
+def test_the_oldest_packages_run_it(tmp_path):
+    """In an environment of its own, which brings gigabytes; README names these versions, and Python's here."""
+    wanted = (ROOT / "tests" / "oldest.txt").read_text(encoding="utf-8")
+    for line in re.findall(r"^(?!jupyter|ipykernel)(\w+)==(.*)$", wanted, re.M):
+        assert " ".join(line) in committed("README.md")
+    subprocess.run([sys.executable, "-m", "venv", str(tmp_path / "venv")], check=True)
+    python = str(next(path for path in (tmp_path / "venv" / "bin" / "python", tmp_path / "venv" / "Scripts" / "python.exe") if path.exists()))
+    subprocess.run([python, "-m", "pip", "install", "-q", "-r", str(ROOT / "tests" / "oldest.txt")], check=True)
+    shutil.copy(NOTEBOOK, tmp_path)
+    path = os.path.dirname(python) + os.pathsep + os.environ["PATH"]
+    subprocess.run([python, "-m", "jupyter", "execute", NOTEBOOK.name, "--output", "run.ipynb"], cwd=tmp_path, check=True, env={
+        **os.environ, "PATH": path, "GPT_PRESET": "smoke", "HF_HUB_OFFLINE": "1"})
+    assert "validation: GPT " in outputs_text(json.loads((tmp_path / "run.ipynb").read_text(encoding="utf-8")))
+
+
 @pytest.mark.long
 def test_prose_of_ones_own_runs_from_top_to_bottom(tmp_path):
     import inspect
