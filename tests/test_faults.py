@@ -5,7 +5,7 @@ import linecache, tracemalloc, types
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, strategies as st
+from hypothesis import HealthCheck, given, settings as hypothesis_settings, strategies as st
 
 import referees
 from conftest import cells_of_sections, define_cells, load_library
@@ -272,6 +272,52 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(library, tmp_path, cap
     assert run.pick_up(path).history["loss"] == [3.0, 2.0] and os.listdir(tmp_path) == ["run.previous.pt"]
     library.previous_checkpoint(path).write_bytes(b"")
     assert run.pick_up(path).history["loss"] == [] and "training starts afresh: " in capsys.readouterr().out
+
+
+plain = st.none() | st.booleans() | st.integers(-2**60, 2**60) | st.floats(allow_nan=False) | st.text(max_size=5)
+numbers_of_numpy = st.floats(allow_nan=False, width=32).map(np.float32) | st.integers(0, 99).map(np.int64)
+
+
+@hypothesis_settings(max_examples=40, suppress_health_check=list(HealthCheck))
+@given(st.dictionaries(st.text(max_size=5), st.recursive(plain | numbers_of_numpy, lambda values: st.lists(values, max_size=3) | st.dictionaries(
+    st.text(max_size=3), values, max_size=3), max_leaves=6), max_size=4))
+def test_any_history_that_is_saved_can_be_read(library, tmp_path, history):
+    run = Run(library)
+    run.history = {**run.history, **history}
+    run.save(tmp_path / "run.pt")
+    assert library.read_checkpoint(tmp_path / "run.pt")["history"] == {**run.history}
+    for bad in (object(), torch.zeros(2), {1, 2}):
+        run.history["bad"] = bad
+        with pytest.raises((TypeError, ValueError)):
+            run.save(tmp_path / "run.pt")
+    del run.history["bad"]
+    assert library.read_checkpoint(tmp_path / "run.pt")["history"] == run.history, "what was there is untouched"
+
+
+@hypothesis_settings(max_examples=12, suppress_health_check=list(HealthCheck), deadline=None)
+@given(st.integers(1, 11), st.sampled_from([{}, dict(max_steps=20), dict(evaluations=5), dict(minutes=None), dict(max_steps=6)]),
+       st.sampled_from(["muon", "adamw"]), st.integers(0, 99))
+def test_a_run_goes_on_at_any_step_with_other_settings(library, tmp_path, step, changes, optimizer, seed):
+    """Equal to the run that was never stopped but had the other settings from that step on."""
+    path = tmp_path / "run.pt"
+    begun = Run(library, optimizer=optimizer)
+    with contextlib.suppress(KeyboardInterrupt):
+        library.train(begun.model, begun.optimizers, TOKENS, begun.settings, begun.history, begun.generator,
+                      after_step=lambda history: len(history["loss"]) == step and stop_here())
+    begun.save(path)
+    begun.settings = library.dataclasses.replace(begun.settings, **changes)
+    later = Run(library, seed=seed, optimizer=optimizer, **changes).pick_up(path)
+    for run in (begun, later):
+        torch.manual_seed(1)
+        library.train(run.model, run.optimizers, TOKENS, run.settings, run.history, run.generator)
+    assert same(begun.state(), later.state()) and len(later.history["loss"]) == max(step, later.settings.max_steps)
+    if (changes.get("max_steps") or 12) > step:
+        assert later.history["rate"][-1] == library.learning_rate(later.settings.max_steps - 1, later.settings.max_steps,
+                                                                  later.settings.warmup_steps, later.settings.decay_fraction)
+
+
+def stop_here():
+    raise KeyboardInterrupt
 
 
 @pytest.mark.parametrize("count", [80, pytest.param(2000, marks=pytest.mark.slow)])

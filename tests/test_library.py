@@ -253,6 +253,26 @@ def test_frozen_parameters_stay_and_the_rest_learns(library):
         library.train(model, library.make_optimizers(model, settings), tokens, settings, library.new_history(), torch.Generator())
 
 
+@pytest.mark.parametrize("options", [dict(temperature=1.0), dict(temperature=0.5), dict(top_k=3), dict(top_p=0.6), dict(min_p=0.2, temperature=2.0)], ids=str)
+def test_tokens_come_as_often_as_the_filtered_distribution_says(library, model, options):
+    prompt, rounds = torch.tensor([[1, 2, 3]]).repeat(500, 1), 20
+    logits = model(prompt[:1])[0][:, -1].detach()
+    p = torch.softmax(library.filter_logits(logits, **{**dict(temperature=1.0, top_k=None, top_p=None, min_p=None), **options}), -1)[0]
+    drawn = torch.stack([next(library.stream_tokens(model, prompt, 1, seed=seed, **options)) for seed in range(rounds)]).flatten()
+    seen = torch.bincount(drawn, minlength=len(p)).double()
+    assert not seen[p == 0].any()
+    error = (p * (1 - p) * len(drawn)).double().sqrt()
+    assert ((seen - p * len(drawn)).abs() <= 5 * error + 1e-9 + 5 * (error < 1)).all()
+
+
+def test_what_would_be_read_wrongly_is_refused(library, model):
+    for action, words in ((lambda: library.train_bpe("one text", 300), "^texts is a single text"),
+                          (lambda: library.per_token_losses(model, torch.tensor([1])), "^the text has 1 tokens"),
+                          (lambda: library.evaluate(model, torch.tensor([], dtype=torch.int64), 1), "^the text has 0 tokens")):
+        with pytest.raises(ValueError, match=words):
+            action()
+
+
 def test_sampling_and_scoring_give_the_mode_back_also_when_interrupted(library, model, tokenizer):
     tokens = torch.randint(50, (60,))
     for training in (True, False):
