@@ -2,11 +2,10 @@
 
     python tests/benchmarks.py --rows 5,6,7 --json
 
-Rows: 1 to 4 and `baseline` train models (minutes to hours), 5 to 10 take seconds to minutes,
-`memory` runs sections 2 to 4 on large texts, `compile` takes training steps with and without torch.compile, and
-`gpu` does so on a CUDA card, against nanoGPT at two of its own settings. A peer is compared with
-where its path is given (--nanogpt, --minbpe: checkouts of the public repositories) or where it is
-installed (transformers, tokenizers). Rows 1 to 3 need Tiny Shakespeare as a file (--shakespeare).
+Rows: 1 to 4 and `baseline` train models (minutes to hours), 5 to 9 take seconds to minutes,
+`memory` runs sections 2 to 4 on large texts, and `compile` takes training steps with and without
+torch.compile. A peer is compared with where its path is given (--nanogpt: a checkout of the public
+repository) or where it is installed (transformers, tokenizers). Rows 1 to 3 need Tiny Shakespeare as a file (--shakespeare).
 Each measurement that is compared runs in a process of its own, the two sides in turn.
 """
 import argparse
@@ -50,11 +49,6 @@ STEP_SHAPES = {  # width, heads, layers, context, batch, vocabulary, dropout
     "laptop preset": (192, 3, 4, 256, 8, 2048, 0.0),
     "width 256": (256, 4, 4, 256, 8, 2048, 0.0),
 }
-GPU_SHAPES = {  # nanoGPT's config files for its GPT-2 and for Tiny Shakespeare
-    "GPT-2 124M": (768, 12, 12, 1024, 12, 50304, 0.0),
-    "nanoGPT's Shakespeare 10.65M": (384, 6, 6, 256, 64, 65, 0.2),
-}
-SHAPES = STEP_SHAPES | GPU_SHAPES
 
 
 # What the rows have in common
@@ -326,64 +320,55 @@ def row_baseline(options):
               f"best: {best}", "bits per byte", [runs[best][0]], runs=runs)
 
 
-# Rows 5, 6, compile and gpu: a training step
+# Rows 5, 6 and compile: a training step
 
-def timed_steps(step, steps, device):
-    """Median seconds of a step, and the most bytes in use on CUDA."""
+def timed_steps(step, steps):
+    """Median seconds of a step."""
     times = []
     for i in range(steps):
         start = time.perf_counter()
         step(i)
-        if device == "cuda":
-            torch.cuda.synchronize()
         times.append(time.perf_counter() - start)
-    most = torch.cuda.max_memory_allocated() if device == "cuda" else None
-    return dict(seconds=statistics.median(times[3:]), bytes=most)
+    return dict(seconds=statistics.median(times[3:]))
 
 
-def our_step(shape, steps=25, device="cpu", precision="float32", compile="no", classic=True):
+def our_step(shape, steps=25, precision="float32", compile="no", classic=True):
     """With GPT-2's parts (but exact GELU, as nanoGPT's) and AdamW, or with the preset's."""
-    width, heads, layers, context, batch, vocabulary, dropout = SHAPES[shape]
+    width, heads, layers, context, batch, vocabulary, dropout = STEP_SHAPES[shape]
     library, precision = prepared_library(), getattr(torch, precision)
     settings = library.make_settings("laptop", **{
         **({**library.CLASSIC, **LIKE_NANOGPT} if classic else {}), "n_embd": width,
         "n_head": heads, "n_layer": layers, "context_length": context, "batch_size": batch,
         "accumulation_steps": 1, "compile": compile, "dropout": dropout})
-    model = library.GPT(library.make_config(settings, vocabulary)).to(device)
+    model = library.GPT(library.make_config(settings, vocabulary))
     optimizers = library.make_optimizers(model, settings, precision)
     model, tokens = library.compiled(model, settings), torch.randint(vocabulary, (100_000,))
     assert hasattr(model, "_orig_mod") == (compile == "yes"), "torch.compile does not work here"
     generator = torch.Generator().manual_seed(0)
     return timed_steps(lambda i: library.training_step(
-        model, optimizers, tokens, settings, i, generator, precision), steps, device)
+        model, optimizers, tokens, settings, i, generator, precision), steps)
 
 
-def nanogpt_step(shape, nanogpt, steps=25, device="cpu", precision="float32", compile="no"):
+def nanogpt_step(shape, nanogpt, steps=25):
     """The same with nanoGPT's model and optimiser, in the order of its train.py."""
     sys.path.insert(0, nanogpt)
     import model as peer
-    width, heads, layers, context, batch, vocabulary, dropout = SHAPES[shape]
-    network = peer.GPT(peer.GPTConfig(context, vocabulary, layers, heads, width, dropout)).to(device)
-    optimizer = network.configure_optimizers(0.1, 1e-3, (0.9, 0.95), device)
-    network = torch.compile(network) if compile == "yes" else network
-    half = (contextlib.nullcontext() if precision == "float32" else
-            torch.autocast(device, getattr(torch, precision)))
+    width, heads, layers, context, batch, vocabulary, dropout = STEP_SHAPES[shape]
+    network = peer.GPT(peer.GPTConfig(context, vocabulary, layers, heads, width, dropout))
+    optimizer = network.configure_optimizers(0.1, 1e-3, (0.9, 0.95), "cpu")
     tokens = torch.randint(vocabulary, (100_000,))
 
     def step(i):
         first = torch.randint(len(tokens) - context, (batch,))
         pair = [torch.stack([tokens[at + d:at + d + context] for at in first]) for d in (0, 1)]
-        if device == "cuda":
-            pair = [part.pin_memory().to(device, non_blocking=True) for part in pair]
-        with half:
-            loss = network(*pair)[1]
+        loss = network(*pair)[1]
         loss.backward()
         torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         loss.item()
 
-    return timed_steps(step, steps, device)
+    return timed_steps(step, steps)
 
 
 def row_5(options):
@@ -420,7 +405,7 @@ def row_6(options):
 
 
 def row_compile(options):
-    library, (_, _, _, context, batch, *_) = load_library(), SHAPES["laptop preset"]
+    library, (_, _, _, context, batch, *_) = load_library(), STEP_SHAPES["laptop preset"]
     settings = library.make_settings("laptop", precision=options.precision)
     precision = str(library.choose_precision(settings, CPU)[0])[6:]
     rate = lambda choice: lambda: batch * context / in_process(
@@ -428,32 +413,6 @@ def row_compile(options):
             "seconds"]
     yield row("compile", f"training step of the laptop preset, compiled against plain, {precision}",
               "tokens/s", *in_turn(options, rate("yes"), rate("no")))
-
-
-def row_gpu(options):
-    if not torch.cuda.is_available():
-        raise SystemExit("the row gpu needs a CUDA GPU, and PyTorch sees none here")
-    library = load_library()
-    rate = library.matmul_rate(torch.bfloat16, torch.device("cuda")) * 1e9
-    for shape, (width, heads, layers, context, batch, vocabulary, _) in GPU_SHAPES.items():
-        flops = library.flops_per_token(
-            library.GPTConfig(vocabulary, context, layers, heads, width), context)
-        common, runs = dict(shape=shape, device="cuda", precision="bfloat16"), {}
-        tasks = {"compiled": ("our_step", dict(compile="yes")), "plain": ("our_step", {})}
-        if options.nanogpt:
-            tasks["nanoGPT"] = "nanogpt_step", dict(compile="yes", nanogpt=options.nanogpt)
-        for _ in range(options.seeds):
-            for name, (task, more) in tasks.items():
-                runs.setdefault(name, []).append(in_process(task, **common, **more))
-        speed = {name: [batch * context / run["seconds"] for run in taken]
-                 for name, taken in runs.items()}
-        medians = {name: statistics.median(rates) for name, rates in speed.items()}
-        yield row("gpu", f"training step, {shape}, bfloat16, compiled", "tokens/s",
-                  speed["compiled"], speed.get("nanoGPT", ()), plain=medians["plain"],
-                  utilisation={name: round(v * flops / rate, 3) for name, v in medians.items()},
-                  gigabytes={name: round(taken[0]["bytes"] / 1e9, 2)
-                             for name, taken in runs.items()},
-                  matrix_rate=round(rate / 1e12), card=torch.cuda.get_device_name())
 
 
 # Rows 7 and 8: generation
@@ -509,27 +468,22 @@ def rows_7_and_8(options):
 
 # Row 9: the tokenizer's training
 
-def train_merges(trainer, texts, vocab_size, minbpe=None):
-    """Seconds for the merges, by ours, by "rust" (tokenizers) or by "minbpe"."""
+def train_merges(trainer, texts):
+    """Seconds for 2,048 tokens, by "ours" or by "rust" (tokenizers)."""
     library, texts = load_library(), json.loads(pathlib.Path(texts).read_text())
     pattern = library.SPLIT_PATTERNS["code"]
     if trainer == "ours":
-        train = lambda: library.train_bpe(texts, vocab_size, pattern=pattern)
-    elif trainer == "rust":
+        train = lambda: library.train_bpe(texts, 2048, pattern=pattern)
+    else:
         import tokenizers
         from tokenizers import models, pre_tokenizers, trainers
         tokenizer, level = tokenizers.Tokenizer(models.BPE()), pre_tokenizers.ByteLevel
         tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
             pre_tokenizers.Split(tokenizers.Regex(pattern), "isolated"),
             level(add_prefix_space=False, use_regex=False)])
-        by_rust = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=["<|endoftext|>"],
+        by_rust = trainers.BpeTrainer(vocab_size=2048, special_tokens=["<|endoftext|>"],
                                       show_progress=False, initial_alphabet=level.alphabet())
         train = lambda: tokenizer.train_from_iterator(texts, by_rust)
-    else:
-        sys.path.insert(0, minbpe)
-        from minbpe import RegexTokenizer
-        tokenizer, text = RegexTokenizer(pattern), "\n".join(texts)
-        train = lambda: tokenizer.train(text, vocab_size - 1)  # it counts no special token
     start = time.perf_counter()
     train()
     return time.perf_counter() - start
@@ -544,48 +498,11 @@ def row_9(options):
     with tempfile.TemporaryDirectory() as folder:
         path = os.path.join(folder, "texts.json")
         in_process("write_training_texts", folder=folder, path=path)
-        seconds = lambda trainer, size, **more: lambda: in_process(
-            "train_merges", trainer=trainer, texts=path, vocab_size=size, **more)
+        seconds = lambda trainer: lambda: in_process("train_merges", trainer=trainer, texts=path)
         there = importlib.util.find_spec("tokenizers")
         yield row(9, "train_bpe, python corpus, 2,048 tokens, against tokenizers' Rust trainer",
-                  "seconds", *in_turn(options, seconds("ours", 2048),
-                                      there and seconds("rust", 2048)))
-        if options.minbpe:
-            small = 257 + options.merges
-            ours, _ = in_turn(options, seconds("ours", small))
-            yield row(9, f"train_bpe, python corpus, the first {options.merges} merges, against "
-                      f"minbpe", "seconds", ours,
-                      [seconds("minbpe", small, minbpe=options.minbpe)()])
+                  "seconds", *in_turn(options, seconds("ours"), there and seconds("rust")))
 
-
-# Row 10: how soon a second run trains
-
-def time_to_first_step(folder, started):
-    """Runs the notebook up to the first training step of section 9. → seconds since `started`."""
-    os.chdir(folder)
-    space = {"__name__": "benchmark"}
-
-    def first_step(path, model, optimizers, tokens, settings, history, generator, precision,
-                   starts, *others, **options):
-        space["training_step"](model, optimizers, tokens, settings, 0, generator, precision, starts)
-        raise KeyboardInterrupt
-
-    try:
-        for source in code_cells("## 10 ", {}):
-            if source.startswith("quick_tokens"):  # the cells that train come from here on
-                space["train_safely"] = first_step
-            execute_cells([source], space)
-    except KeyboardInterrupt:
-        return time.time() - started
-    raise AssertionError("no cell of section 9 trained")
-
-
-def row_10(options):
-    with tempfile.TemporaryDirectory() as folder:
-        first, *again = [in_process("time_to_first_step", folder=folder, started=time.time())
-                         for _ in range(options.seeds + 1)]
-    yield row(10, "start to first trained step on a second run", "seconds", again,
-              first_run=round(first, 1))
 
 
 # Memory of sections 2 to 4
@@ -645,15 +562,15 @@ def row_memory(options):
 
 
 ROWS = {**dict.fromkeys((1, 2, 3), rows_1_to_3), 4: row_4, 5: row_5, 6: row_6,
-        **dict.fromkeys((7, 8), rows_7_and_8), 9: row_9, 10: row_10,
-        "baseline": row_baseline, "memory": row_memory, "compile": row_compile, "gpu": row_gpu}
+        **dict.fromkeys((7, 8), rows_7_and_8), 9: row_9,
+        "baseline": row_baseline, "memory": row_memory, "compile": row_compile}
 
 
 def parse_rows(text):
     rows = [int(part) if part.isdigit() else part for part in text.split(",")]
     if wrong := [name for name in rows if name not in ROWS]:
-        raise argparse.ArgumentTypeError(f"row {wrong[0]!r} is unknown; the rows are 1 to 10, "
-                                         f"baseline, memory, compile and gpu")
+        raise argparse.ArgumentTypeError(f"row {wrong[0]!r} is unknown; the rows are 1 to 9, "
+                                         f"baseline, memory and compile")
     return rows
 
 
@@ -661,19 +578,17 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--rows", type=parse_rows, default=[5, 6, 7, 8, 9, 10],
-        help="1 to 10, baseline, memory, compile, gpu, with commas between; default 5 to 10")
+    add("--rows", type=parse_rows, default=[5, 6, 7, 8, 9],
+        help="1 to 9, baseline, memory, compile, with commas between; default 5 to 9")
     add("--json", action="store_true", help="one JSON object per row")
     add("--seeds", type=int, default=3, help="how often each is measured (default 3)")
     add("--nanogpt", type=os.path.abspath, help="path of a checkout of nanoGPT")
-    add("--minbpe", type=os.path.abspath, help="path of a checkout of minbpe")
     add("--shakespeare", type=os.path.abspath, help="path of Tiny Shakespeare as a text file")
     add("--seconds", type=float, default=118.0, help="time of row 1 without nanoGPT (default 118)")
     add("--baseline-seconds", type=float, default=60.0, help="of each run (default 60)")
     add("--minutes", type=float, default=10.0, help="time of row 3 (default 10)")
     add("--precision", choices=("auto", "float32", "bfloat16"), default="auto",
         help="of ours in rows 1 to 4, 6 and compile (default auto: bfloat16 where it is faster)")
-    add("--merges", type=int, default=100, help="of row 9 against minbpe, which is slow")
     add("--megabytes", type=int, nargs="+", default=[64, 256, 1024], help="sizes of row memory")
     options = parser.parse_args()
     for function in dict.fromkeys(ROWS[name] for name in ROWS if name in options.rows):

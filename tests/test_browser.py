@@ -1,7 +1,6 @@
 """The page as people see it: JupyterLab and the HTML export in Debian's Chromium, headless. Skips where there is none."""
 import json
 import os
-import re
 import shutil
 import socket
 import subprocess

@@ -20,33 +20,6 @@ def in_a_new_process(function, *arguments):
         return pool.apply(function, arguments)
 
 
-def what_is_refused():
-    """{attempt: what was said of it, None where it passed}; the dtypes of results, as CUDA's autocast has them; of attention weights."""
-    import pretend  # noqa: F401  (makes the device)
-    there, here, library = torch.ones(4, 4, device="pretend"), torch.ones(4, 4), load_library()
-    tries = {"sum": lambda: there + here, "product": lambda: here @ there, "in place": lambda: here.add_(there), "joined": lambda: torch.cat([there, here]),
-             "lookup": lambda: torch.nn.functional.embedding(torch.tensor([1]), there), "indexed from there": lambda: here[torch.tensor([1], device="pretend")],
-             "float64": lambda: there.double(), "generator": lambda: torch.rand(3, device="pretend", generator=torch.Generator())}
-    said = dict.fromkeys(tries)
-    for name, attempt in tries.items():
-        try:
-            attempt()
-        except (RuntimeError, TypeError) as error:
-            said[name] = str(error)
-    assert torch.equal((2 * there[torch.tensor([0, 1])] * torch.tensor(0.5)).cpu(), here[:2])        # what a GPU allows
-    with torch.autocast("pretend", torch.bfloat16):
-        product = there @ there
-        return said, [x.dtype for x in (product, product.sum(), product.rsqrt(), product + product)], library.attention_weights(there, there).dtype
-
-
-def test_the_pretend_device_refuses_what_a_gpu_refuses():
-    said, cast, weights = in_a_new_process(what_is_refused)
-    reasons = {"float64": "in float64", "generator": "with a generator of the CPU"}
-    assert all(reasons.get(name, "on tensors of pretend and of the CPU") in str(words) for name, words in said.items()), said
-    assert cast == [torch.bfloat16, torch.float32, torch.float32, torch.bfloat16]
-    assert weights == torch.bfloat16            # the largest thing that a step keeps; CUDA's autocast would raise them to float32
-
-
 def train_there(changes, replace=()):
     """[losses on the CPU, on pretend in float32, there in bfloat16]; scores and texts of the first two."""
     import pretend
