@@ -3,7 +3,6 @@ import ast
 import contextlib
 import math
 import re
-import symtable
 
 import numpy as np
 import pytest
@@ -12,7 +11,7 @@ from hypothesis import given, settings as hypothesis_settings, strategies as st
 from torch.nn import functional as F
 
 import referees
-from conftest import code_cells, define_cells
+from conftest import bound_names, code_cells, define_cells
 
 hypothesis_settings.load_profile("ci")          # no time limit for an example, and the same examples every time
 FORBIDDEN = (r"nn\.(Transformer|Multihead|LayerNorm|RMSNorm|Linear|Embedding|Dropout|GELU|functional)|CrossEntropyLoss"
@@ -43,10 +42,11 @@ def test_define_cells_use_no_premade_parts():
 def test_no_cell_rebinds_a_function_or_what_a_define_cell_has_bound():
     bound, kept = [], []
     for source, cell in (("".join(cell["source"]), cell) for _, cell in code_cells()):
-        symbols = symtable.symtable(source, "cell", "exec").get_symbols()
-        bound.append({symbol.get_name() for symbol in symbols if symbol.is_assigned() or symbol.is_imported()})
-        kept.append(bound[-1] if "define" in cell["metadata"].get("tags", []) else
-                    {node.name for node in ast.parse(source).body if hasattr(node, "name")})
+        tree = ast.parse(source)
+        named = {node.name for node in tree.body if hasattr(node, "name")}
+        imported = {alias.asname or alias.name.split(".")[0] for node in ast.walk(tree) if isinstance(node, (ast.Import, ast.ImportFrom)) for alias in node.names}
+        bound.append(named | imported | set(bound_names(tree)))
+        kept.append(bound[-1] if "define" in cell["metadata"].get("tags", []) else named)
     assert not [a & b for i, a in enumerate(kept) for j, b in enumerate(bound) if i != j and a & b]
 
 

@@ -10,7 +10,7 @@ import sys
 
 import pytest
 
-from conftest import NOTEBOOK, ROOT, cells_of_sections, code_cells, execute_notebook, load_library, outputs_text, run_with
+from conftest import NOTEBOOK, ROOT, bound_names, cells_of_sections, code_cells, execute_notebook, load_library, outputs_text, run_with
 
 
 def committed(name):
@@ -196,16 +196,6 @@ def test_the_checks_of_sections_1_to_9_pass_for_settings_at_random(seed, tmp_pat
             source = smoke_with(changes)
         exec(compile(source, "cell", "exec"), space)
     assert len(space["history"]["loss"]) == 3, changes
-
-
-def bound_names(tree):
-    """Names that running these statements binds in the notebook's own namespace."""
-    scopes = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Lambda, ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
-    for node in ast.iter_child_nodes(tree):
-        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
-            yield node.id
-        if not isinstance(node, scopes):
-            yield from bound_names(node)
 
 
 def test_no_running_cell_rebinds_a_function_or_class():
