@@ -137,6 +137,7 @@ def start_together(library, folder, name="together"):
     return subprocess.Popen(library.together_command(name), cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("changes", [{}, dict(optimizer="adamw", accumulation_steps=2, windows="anywhere"), dict(precision=torch.bfloat16),
                                      pytest.param(dict(compile="yes"), marks=pytest.mark.slow)], ids=str)
 def test_two_processes_follow_the_curve_of_one(library, order, changes, request):
@@ -160,6 +161,7 @@ def test_two_processes_follow_the_curve_of_one(library, order, changes, request)
     assert content["merges"] == order.merges and printed.count("saved") == 4
 
 
+@pytest.mark.long
 @pytest.mark.skipif(not os.path.exists("/proc/self/task"), reason="needs Linux: it reads /proc")
 def test_a_killed_process_ends_the_run_with_a_sentence_and_the_same_command_goes_on(library, order):
     order(max_steps=100_000)

@@ -38,6 +38,7 @@ def train_there(changes, replace=()):
     return losses, scores, written
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("parts", PARTS, ids=["today's parts", "GPT-2's parts", "the rest"])
 def test_training_scoring_and_writing_on_another_device(parts):
     (here, there, halved), scores, written = in_a_new_process(train_there, parts)
@@ -45,6 +46,7 @@ def test_training_scoring_and_writing_on_another_device(parts):
     assert here != halved and max(abs(a - b) for a, b in zip(here, halved)) < 0.01
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("old, new", [("torch.arange(past, past + T, device=tokens.device)", "torch.arange(past, past + T)"),
                                       ("for s in group]).to(device)", "for s in group])")])
 def test_a_tensor_on_the_wrong_side_would_be_noticed(old, new):

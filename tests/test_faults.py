@@ -104,6 +104,7 @@ def train_slowly(path):
     Run(load_library(), before_step=step).pick_up(path).train(path, save_every=0)
 
 
+@pytest.mark.long
 @posix
 def test_killed_and_resumed_in_a_new_process_is_the_same_to_the_bit(library, tmp_path):
     path, process = tmp_path / "run.pt", start("train_slowly", tmp_path / "run.pt")

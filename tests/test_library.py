@@ -134,6 +134,7 @@ def test_near_duplicates_are_judged_one_by_one(library, similarity):
         assert abs(dropped - (1 - (1 - alike**rows) ** (32 // rows))) < 0.12
 
 
+@pytest.mark.long
 def test_the_split_is_by_source(library):
     names = [f"module_{i}.py" for i in range(2000)] * 2
     table = library.datasets.Dataset.from_dict({"text": names, "source": names, "bytes": [12] * 4000})

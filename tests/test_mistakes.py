@@ -78,12 +78,13 @@ def what_notices(space, wanted, old, new):
     assert found == 1, f"{old!r} stands {found} times in section {wanted}"
 
 
+@pytest.mark.long
 def test_the_cells_pass_without_a_mistake(space):
     for section in MISTAKES:
         assert what_notices(space, section, MISTAKES[section][0][0], MISTAKES[section][0][0]) is None, section
 
 
+@pytest.mark.long
 def test_mistakes_are_noticed_in_their_section(space):
     unnoticed = [(section, old) for section in MISTAKES for old, new in MISTAKES[section] if what_notices(space, section, old, new) is None]
     assert sum(map(len, MISTAKES.values())) >= 30 and len(unnoticed) <= UNNOTICED, unnoticed
-    print(unnoticed)

@@ -179,6 +179,7 @@ def test_gpt2s_vocabulary_runs_up_to_the_labs(tmp_path):
     assert "vocabulary: 50,257 tokens" in run_with(tmp_path, smoke_with(dict(tokenizer="gpt2", samples=5, max_steps=10)), before="## 13 ", TIKTOKEN_CACHE_DIR=str(folder))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("seed", range(8))
 def test_the_checks_of_sections_1_to_9_pass_for_settings_at_random(seed, tmp_path, monkeypatch, capsys):
     rng = random.Random(seed)
