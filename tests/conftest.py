@@ -1,5 +1,4 @@
 """Loads the notebook's own `define` cells as a library: no test holds a copy of its code."""
-import ast
 import json
 import os
 import pathlib
@@ -16,16 +15,6 @@ import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 NOTEBOOK = ROOT / "gpt_from_scratch.ipynb"
-
-
-def bound_names(tree):
-    """Names that running these statements binds in the notebook's own namespace."""
-    scopes = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Lambda, ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
-    for node in ast.iter_child_nodes(tree):
-        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
-            yield node.id
-        if not isinstance(node, scopes):
-            yield from bound_names(node)
 
 
 def cells_with_tag(tag):

@@ -34,6 +34,9 @@ def train_there(changes, replace=()):
                                     torch.Generator().manual_seed(0), precision)["loss"])
     scores = [library.per_token_losses(model, tokens[:200]).tolist() for model in models[:2]]
     written = [[int(token) for token in library.stream_tokens(model, tokens[None, :5], 20, top_k=20, seed=3)] for model in models[:2]]
+    with torch.autocast("pretend", torch.bfloat16):     # the largest thing that a step keeps; CUDA's autocast would raise it to float32
+        weights = torch.ones(4, 4, device="pretend")
+        assert library.attention_weights(weights, weights).dtype == torch.bfloat16
     assert pretend.operations > 1000 and next(models[1].parameters()).device.type == "pretend"
     return losses, scores, written
 

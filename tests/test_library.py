@@ -11,7 +11,7 @@ from hypothesis import given, settings as hypothesis_settings, strategies as st
 from torch.nn import functional as F
 
 import referees
-from conftest import bound_names, code_cells, define_cells
+from conftest import code_cells, define_cells
 
 hypothesis_settings.load_profile("ci")          # no time limit for an example, and the same examples every time
 FORBIDDEN = (r"nn\.(Transformer|Multihead|LayerNorm|RMSNorm|Linear|Embedding|Dropout|GELU|functional)|CrossEntropyLoss"
@@ -37,6 +37,16 @@ def test_against_a_reference(library, reference):
 
 def test_define_cells_use_no_premade_parts():
     assert not [found.group() for source in define_cells() if (found := re.search(FORBIDDEN, source))]
+
+
+def bound_names(tree):
+    """Names that running these statements binds in the notebook's own namespace."""
+    scopes = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Lambda, ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            yield node.id
+        if not isinstance(node, scopes):
+            yield from bound_names(node)
 
 
 def test_no_cell_rebinds_a_function_or_what_a_define_cell_has_bound():

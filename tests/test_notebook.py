@@ -1,5 +1,4 @@
 """The notebook as a file: it runs twice with the smoke preset, and what is committed is clean. README's words are true."""
-import ast
 import json
 import os
 import random
@@ -10,7 +9,7 @@ import sys
 
 import pytest
 
-from conftest import NOTEBOOK, ROOT, bound_names, cells_of_sections, code_cells, execute_notebook, load_library, outputs_text, run_with
+from conftest import NOTEBOOK, ROOT, cells_of_sections, code_cells, execute_notebook, load_library, outputs_text, run_with
 
 
 def committed(name):
@@ -170,7 +169,7 @@ def test_prose_of_ones_own_runs_from_top_to_bottom(tmp_path):
     assert "── greedy\nOnce upon a time" in text and "20 functions each" not in text
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_gpt2s_vocabulary_runs_up_to_the_labs(tmp_path):
     """The labs train a dozen models: with 50,257 tokens they would take ten minutes."""
     folder = ROOT.parent / "shared" / "data" / "tiktoken"
@@ -197,14 +196,6 @@ def test_the_checks_of_sections_1_to_9_pass_for_settings_at_random(seed, tmp_pat
             source = smoke_with(changes)
         exec(compile(source, "cell", "exec"), space)
     assert len(space["history"]["loss"]) == 3, changes
-
-
-def test_no_running_cell_rebinds_a_function_or_class():
-    trees = [(cell["metadata"].get("tags", []), ast.parse("".join(cell["source"]))) for _, cell in code_cells()]
-    defined = {node.name for _, tree in trees for node in tree.body if hasattr(node, "name")}
-    constants = {name for tags, tree in trees if "define" in tags for name in bound_names(tree)}
-    rebound = [name for tags, tree in trees if "define" not in tags for name in bound_names(tree) if name in defined | constants]
-    assert not rebound, rebound
 
 
 @pytest.mark.slow
