@@ -3,9 +3,9 @@
     python tests/benchmarks.py --rows 5,6,7 --json
 
 Rows: 1 to 4 and `baseline` train models (minutes to hours), 5 to 9 take seconds to minutes,
-`memory` runs sections 2 to 4 on large texts, and `compile` takes training steps with and without
-torch.compile. A peer is compared with where its path is given (--nanogpt: a checkout of the public
-repository) or where it is installed (transformers, tokenizers). Rows 1 to 3 need Tiny Shakespeare as a file (--shakespeare).
+and `memory` runs sections 2 to 4 on large texts. A peer is compared with where its path is given
+(--nanogpt: a checkout of the public repository) or where it is installed (transformers,
+tokenizers). Rows 1 to 3 need Tiny Shakespeare as a file (--shakespeare).
 Each measurement that is compared runs in a process of its own, the two sides in turn.
 """
 import argparse
@@ -32,21 +32,21 @@ import torch
 from conftest import NOTEBOOK, load_library
 
 CPU = torch.device("cpu")
-MODERN = dict(n_layer=4, vocab_size=257, windows="anywhere", accumulation_steps=1)  # bytes
+MODERN = dict(n_layer=4, vocab_size=257, windows="anywhere")  # bytes
 SHAKESPEARE = {  # rows 1 to 3, on top of the laptop preset; max_steps is what fits into the time
     1: dict(MODERN, n_embd=128, n_head=2, context_length=256, batch_size=8),
     2: dict(MODERN, n_embd=128, n_head=2, context_length=64, batch_size=16),
     3: dict(MODERN, n_embd=256, n_head=4, context_length=256, batch_size=8),
 }
 LIKE_NANOGPT = dict(activation="gelu", warmup_steps=100)  # where it differs from CLASSIC
-BEST_BASELINE = dict(learning_rate=0.004, accumulation_steps=1)  # of the row baseline
+BEST_BASELINE = dict(learning_rate=0.004, batch_size=2)  # of the row baseline
 NANOGPT_CPU = (  # its README's command for a CPU
     "--device=cpu --compile=False --eval_iters=20 --log_interval=1 --block_size=64 --batch_size=12 "
     "--n_layer=4 --n_head=4 --n_embd=128 --max_iters=2000 --lr_decay_iters=2000 --dropout=0.0")
 NANOGPT_A100 = 1.4697  # nats per character that its README gives for its GPU recipe
 STEP_SHAPES = {  # width, heads, layers, context, batch, vocabulary, dropout
     "nanoGPT's CPU recipe": (128, 4, 4, 64, 12, 65, 0.0),
-    "laptop preset": (192, 3, 4, 256, 8, 2048, 0.0),
+    "laptop preset": (192, 3, 4, 512, 4, 2048, 0.0),
     "width 256": (256, 4, 4, 256, 8, 2048, 0.0),
 }
 
@@ -209,7 +209,7 @@ def nanogpt_shakespeare(path, nanogpt, seed):
             tokens = tokens.contiguous()
             return self.network(tokens, tokens)[0], None
 
-    scores = whole_losses(library, Adapter().eval(), lookup[validation], torch.float32)
+    scores = whole_losses(library, Adapter().eval(), lookup[validation])
     return {"seconds": seconds, **scores}
 
 
@@ -314,13 +314,13 @@ def baseline_runs(folder, seconds, rates, batches, seed):
 def row_baseline(options):
     with tempfile.TemporaryDirectory() as folder:
         runs = in_process("baseline_runs", folder=folder, seconds=options.baseline_seconds,
-                          rates=[0.0005, 0.001, 0.002, 0.004, 0.008], batches=[4, 8, 16], seed=1)
+                          rates=[0.0005, 0.001, 0.002, 0.004, 0.008], batches=[2, 4, 8], seed=1)
     best = min(runs, key=runs.get)
     yield row("baseline", f"GPT-2's parts, {options.baseline_seconds:g} s for each rate and batch; "
               f"best: {best}", "bits per byte", [runs[best][0]], runs=runs)
 
 
-# Rows 5, 6 and compile: a training step
+# Rows 5 and 6: a training step
 
 def timed_steps(step, steps):
     """Median seconds of a step."""
@@ -332,21 +332,19 @@ def timed_steps(step, steps):
     return dict(seconds=statistics.median(times[3:]))
 
 
-def our_step(shape, steps=25, precision="float32", compile="no", classic=True):
-    """With GPT-2's parts (but exact GELU, as nanoGPT's) and AdamW, or with the preset's."""
+def our_step(shape, steps=25):
+    """With GPT-2's parts (but exact GELU, as nanoGPT's) and AdamW."""
     width, heads, layers, context, batch, vocabulary, dropout = STEP_SHAPES[shape]
-    library, precision = prepared_library(), getattr(torch, precision)
+    library = prepared_library()
     settings = library.make_settings("laptop", **{
-        **({**library.CLASSIC, **LIKE_NANOGPT} if classic else {}), "n_embd": width,
-        "n_head": heads, "n_layer": layers, "context_length": context, "batch_size": batch,
-        "accumulation_steps": 1, "compile": compile, "dropout": dropout})
+        **library.CLASSIC, **LIKE_NANOGPT, "n_embd": width, "n_head": heads, "n_layer": layers,
+        "context_length": context, "batch_size": batch, "accumulation_steps": 1,
+        "dropout": dropout})
     model = library.GPT(library.make_config(settings, vocabulary))
-    optimizers = library.make_optimizers(model, settings, precision)
-    model, tokens = library.compiled(model, settings), torch.randint(vocabulary, (100_000,))
-    assert hasattr(model, "_orig_mod") == (compile == "yes"), "torch.compile does not work here"
-    generator = torch.Generator().manual_seed(0)
+    optimizers = library.make_optimizers(model, settings)
+    generator, tokens = torch.Generator().manual_seed(0), torch.randint(vocabulary, (100_000,))
     return timed_steps(lambda i: library.training_step(
-        model, optimizers, tokens, settings, i, generator, precision), steps)
+        model, optimizers, tokens, settings, i, generator, torch.float32), steps)
 
 
 def nanogpt_step(shape, nanogpt, steps=25):
@@ -402,17 +400,6 @@ def row_6(options):
               "fraction", [run["fraction"] for run in runs], precision=runs[0]["precision"],
               matrix_rate=[round(run["rate"]) for run in runs],
               step_milliseconds=[round(1000 * run["seconds"], 1) for run in runs])
-
-
-def row_compile(options):
-    library, (_, _, _, context, batch, *_) = load_library(), STEP_SHAPES["laptop preset"]
-    settings = library.make_settings("laptop", precision=options.precision)
-    precision = str(library.choose_precision(settings, CPU)[0])[6:]
-    rate = lambda choice: lambda: batch * context / in_process(
-        "our_step", shape="laptop preset", precision=precision, compile=choice, classic=False)[
-            "seconds"]
-    yield row("compile", f"training step of the laptop preset, compiled against plain, {precision}",
-              "tokens/s", *in_turn(options, rate("yes"), rate("no")))
 
 
 # Rows 7 and 8: generation
@@ -504,7 +491,6 @@ def row_9(options):
                   "seconds", *in_turn(options, seconds("ours"), there and seconds("rust")))
 
 
-
 # Memory of sections 2 to 4
 
 def write_text(path, megabytes, seed=0):
@@ -563,14 +549,14 @@ def row_memory(options):
 
 ROWS = {**dict.fromkeys((1, 2, 3), rows_1_to_3), 4: row_4, 5: row_5, 6: row_6,
         **dict.fromkeys((7, 8), rows_7_and_8), 9: row_9,
-        "baseline": row_baseline, "memory": row_memory, "compile": row_compile}
+        "baseline": row_baseline, "memory": row_memory}
 
 
 def parse_rows(text):
     rows = [int(part) if part.isdigit() else part for part in text.split(",")]
     if wrong := [name for name in rows if name not in ROWS]:
         raise argparse.ArgumentTypeError(f"row {wrong[0]!r} is unknown; the rows are 1 to 9, "
-                                         f"baseline, memory and compile")
+                                         f"baseline and memory")
     return rows
 
 
@@ -579,7 +565,7 @@ def main():
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--rows", type=parse_rows, default=[5, 6, 7, 8, 9],
-        help="1 to 9, baseline, memory, compile, with commas between; default 5 to 9")
+        help="1 to 9, baseline, memory, with commas between; default 5 to 9")
     add("--json", action="store_true", help="one JSON object per row")
     add("--seeds", type=int, default=3, help="how often each is measured (default 3)")
     add("--nanogpt", type=os.path.abspath, help="path of a checkout of nanoGPT")
@@ -588,7 +574,7 @@ def main():
     add("--baseline-seconds", type=float, default=60.0, help="of each run (default 60)")
     add("--minutes", type=float, default=10.0, help="time of row 3 (default 10)")
     add("--precision", choices=("auto", "float32", "bfloat16"), default="auto",
-        help="of ours in rows 1 to 4, 6 and compile (default auto: bfloat16 where it is faster)")
+        help="of ours in rows 1 to 4 and 6 (default auto: bfloat16 where it is faster)")
     add("--megabytes", type=int, nargs="+", default=[64, 256, 1024], help="sizes of row memory")
     options = parser.parse_args()
     for function in dict.fromkeys(ROWS[name] for name in ROWS if name in options.rows):

@@ -100,7 +100,7 @@ def earlier_logits_never_change(lib):  # neither with later tokens, nor where th
 
 def steps_are_pytorchs(lib):  # two batches of three, averaged, do what PyTorch's optimisers do with one of six
     for optimizer, tolerance in (("adamw", 1e-6), ("muon", 0.02)):              # Muon iterates in bfloat16
-        settings = lib.make_settings("smoke", optimizer=optimizer, context_length=8, batch_size=3, max_steps=5,
+        settings = lib.make_settings("smoke", optimizer=optimizer, context_length=8, batch_size=3, accumulation_steps=2, max_steps=5,
                                      warmup_steps=1, learning_rate=0.02, max_grad_norm=0.05, weight_decay=0.5)
         model, twin = (scrambled(lib, small_config(lib, norm="layernorm", bias=True)) for _ in range(2))
         tokens, optimizers = torch.randint(50, (99,)), lib.make_optimizers(model, settings, torch.bfloat16)

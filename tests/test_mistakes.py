@@ -15,7 +15,7 @@ MISTAKES = {  # section: (text of a cell, what takes its place), …
     5: [("y = x @ self.weight.T", "y = x @ self.weight"), ("is None else y + self.bias.to(y.dtype)", "is None else y"),
         ("return self.weight[tokens]", "return self.weight[tokens - 1]"), ("fraction) / (1 - fraction)", "fraction)"),
         ("x.square().mean(-1", "x.square().mean(-2"), ("(x - x.mean(-1, keepdim=True)", "(x"), ("erf(x / math.sqrt(2))", "erf(x)"),
-        ("powers / powers.sum(dim", "powers / powers.sum(0"), ("logits.logsumexp(-1) - ", "logits.logsumexp(-1) + "), ("losses.mean() if", "losses.sum() if")],
+        ("powers / powers.sum(dim", "powers / powers.sum(0"), ("losses = -log_probabilities", "losses = log_probabilities"), ("losses.mean() if", "losses.sum() if")],
     6: [("scores = q / math.sqrt(q.shape[-1]) @", "scores = q @"), ("masked_fill_(~mask", "masked_fill_(mask"),
         ("torch.cat([head(x) for head in self.heads], -1)", "torch.cat([head(x) for head in self.heads[::-1]], -1)"),
         ("T, 3, self.n_head, -1).permute(2, 0, 3, 1, 4)", "T, self.n_head, 3, -1).permute(3, 0, 2, 1, 4)"),

@@ -15,12 +15,12 @@ MUTATIONS = {  # check: (text in the define cells, what takes its place), …
         ("(x - x.mean(-1, keepdim=True)", "(x"), ("keepdim=True) + eps)", "keepdim=True)) + eps"),
         ("erf(x / math.sqrt(2))", "erf(x)"), ("0.044715", "0.44715"), ("fraction) / (1 - fraction)", "fraction)")],
     "cross_entropy_is_pytorchs": [
-        ("logits.logsumexp(-1) - ", "logits.amax(-1) - "), ("torch.exp(x - x.amax(dim, keepdim=True))", "x.exp()"),
+        ("torch.log_softmax(logits, -1)  #", "logits  #"), ("torch.exp(x - x.amax(dim, keepdim=True))", "x.exp()"),
         ("logits.to(torch.promote_types(logits.dtype, torch.float32))", "logits")],
     "positions_are_those_on_paper": [("first * sin + second * cos]", "first * sin - second * cos]"),
                                      ("angles.sin(), angles.cos()]", "angles.cos(), angles.sin()]")],
     "gpt_is_the_one_by_hand": [
-        ("x = x + self.attention(", "x = self.attention("), ("1.2 * rms_normalise(q)", "rms_normalise(q)"),
+        ("x = x + self.attention(", "x = self.attention("), ("math.sqrt(1.2) * rms_normalise(", "rms_normalise("),
         ("permute(2, 0, 3, 1, 4)", "flip(3).permute(2, 0, 3, 1, 4)"), ("torch.relu(x).square()", "torch.relu(x)")],
     "earlier_logits_never_change": [
         (") <= positions[:, None]", ") <= positions[:, None] + 1"), ("torch.arange(past, past + T,", "torch.arange(T,"),

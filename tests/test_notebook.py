@@ -23,16 +23,31 @@ def notebook():
     return json.loads(committed("gpt_from_scratch.ipynb"))
 
 
+@pytest.fixture(scope="module")
+def smoke(tmp_path_factory):
+    """A folder in which the whole notebook was run with the smoke preset, and what it printed."""
+    folder = tmp_path_factory.mktemp("smoke")
+    shutil.copy(NOTEBOOK, folder)
+    return folder, execute_notebook(folder)
+
+
 @pytest.mark.long
-def test_smoke_twice(tmp_path):
-    shutil.copy(NOTEBOOK, tmp_path)
-    texts = [execute_notebook(tmp_path) for _ in range(2)]
-    assert "picked up the checkpoint" in texts[1] and "picked up the checkpoint" not in texts[0]
-    scores = [re.search(r"GPT ([\d.]+) nats", text).group(1) for text in texts]
-    assert scores[0] == scores[1]
-    assert "difference between one process and two: " in texts[0] and "the same logits, to the bit" in texts[0]
-    assert "the real GPT-2 is not used: " in texts[0] or "124,439,808 parameters: The meaning of life is" in texts[0]
-    assert sorted(os.listdir(tmp_path)) == ["checkpoints", "data", "gpt_from_scratch.ipynb", "run.ipynb"]
+@pytest.mark.xdist_group("smoke")
+def test_smoke(smoke):
+    folder, text = smoke
+    assert "picked up the checkpoint" not in text
+    assert "difference between one process and two: " in text and "the same logits, to the bit" in text
+    assert "the real GPT-2 is not used: " in text or "124,439,808 parameters: The meaning of life is" in text
+    assert sorted(os.listdir(folder)) == ["checkpoints", "data", "gpt_from_scratch.ipynb", "run.ipynb"]
+
+
+@pytest.mark.long
+@pytest.mark.xdist_group("smoke")
+def test_smoke_again_picks_up_the_checkpoint(smoke):
+    folder, first = smoke
+    text = execute_notebook(folder)
+    score, again = (re.search(r"GPT ([\d.]+) nats", text).group(1) for text in (first, text))
+    assert "picked up the checkpoint" in text and again == score
 
 
 def test_committed_notebook_was_executed_in_order(notebook):
