@@ -221,7 +221,8 @@ def rows_1_to_3(options):
         return in_process("our_shakespeare", path=options.shakespeare, row=row, seconds=seconds,
                           seed=seed, precision=options.precision)
 
-    runs, peers, fractions = {1: [], 3: []}, [], []
+    first, peers, fractions = [], [], []
+    third = {minutes: [] for minutes in options.minutes if 3 in options.rows}
     for seed in range(1, options.seeds + 1):
         seconds = options.seconds
         if options.nanogpt and {1, 2} & set(options.rows):
@@ -229,32 +230,40 @@ def rows_1_to_3(options):
                                     nanogpt=options.nanogpt, seed=seed))
             seconds = peers[-1]["seconds"]
         if 1 in options.rows:
-            runs[1].append(ours(1, seconds, seed))
+            first.append(ours(1, seconds, seed))
         for fraction in (1/16, 1/12, 1/8, 1/6, 1/4, 1/2, 1) if 2 in options.rows and peers else ():
             trial = ours(2, seconds * fraction, seed)
             if trial["side_by_side"] <= peers[-1]["side_by_side"]:
                 fractions.append(trial["seconds"] / seconds)
                 break
-        if 3 in options.rows:
-            runs[3].append(ours(3, options.minutes * 60, seed))
+        for minutes in third:
+            third[minutes].append(ours(3, minutes * 60, seed))
 
-    def losses(number, what, peers, **more):
-        taken = runs[number]
+    def losses(number, what, taken, peers, **more):
         overlap = statistics.median(run["half_overlap"] for run in taken)
         return row(number, f"Tiny Shakespeare in {what}, whole validation set",
                    "nats per character", [run["side_by_side"] for run in taken], peers,
                    seconds=[round(run["seconds"], 1) for run in taken], half_overlap=overlap,
                    steps=[run["steps"] for run in taken], precision=taken[0]["precision"], **more)
 
-    if runs[1]:
-        yield losses(1, "the time of nanoGPT's CPU recipe", [p["side_by_side"] for p in peers],
+    if first:
+        yield losses(1, "the time of nanoGPT's CPU recipe", first,
+                     [p["side_by_side"] for p in peers],
                      peer_seconds=[round(p["seconds"], 1) for p in peers],
                      peer_half_overlap=[round(p["half_overlap"], 4) for p in peers])
     if fractions:
         yield row(2, "time to nanoGPT's final loss, over its time", "fraction", fractions, [1.0],
                   precision=trial["precision"])
-    if runs[3]:
-        yield losses(3, f"{options.minutes:g} minutes", [NANOGPT_A100])
+    for minutes, taken in third.items():
+        yield losses(3, f"{minutes:g} minutes", taken, [NANOGPT_A100])
+    if options.record and third:  # what the notebook's lab draws
+        records = json.loads(pathlib.Path(options.record).read_text(encoding="utf-8"))
+        records["shakespeare"] = {
+            "precision": taken[0]["precision"],
+            "seconds": [[round(run["seconds"], 1) for run in taken] for taken in third.values()],
+            "losses": [[round(run["side_by_side"], 4) for run in taken] for taken in third.values()]}
+        text = json.dumps(records, indent=1, ensure_ascii=False)
+        pathlib.Path(options.record).write_text(text, encoding="utf-8")
 
 
 # Row 4: the laptop preset against GPT-2's parts
@@ -572,7 +581,8 @@ def main():
     add("--shakespeare", type=os.path.abspath, help="path of Tiny Shakespeare as a text file")
     add("--seconds", type=float, default=118.0, help="time of row 1 without nanoGPT (default 118)")
     add("--baseline-seconds", type=float, default=60.0, help="of each run (default 60)")
-    add("--minutes", type=float, default=10.0, help="time of row 3 (default 10)")
+    add("--minutes", type=float, nargs="+", default=[10.0], help="times of row 3 (default 10)")
+    add("--record", type=os.path.abspath, help="a recorded.json, into which row 3 is written")
     add("--precision", choices=("auto", "float32", "bfloat16"), default="auto",
         help="of ours in rows 1 to 4 and 6 (default auto: bfloat16 where it is faster)")
     add("--megabytes", type=int, nargs="+", default=[64, 256, 1024], help="sizes of row memory")

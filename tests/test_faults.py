@@ -62,7 +62,8 @@ def test_steps_that_fit_are_planned_once(library, tmp_path, monkeypatch):
     assert plan({}, 0.001, {}) == plan(dict(minutes=None), 1e9, {}) == 100 and plan({}, 1e9, {}) == 1
     short = tokens[:library.MOST_EPOCHS]        # so many epochs of ten tokens
     assert library.planned(settings, 0.001, short, {}).max_steps == 1
-    assert library.planned(library.dataclasses.replace(settings, dropout=0.0), 0.001, short, {}).max_steps == 100
+    for own in (dict(dropout=0.0), dict(pretrained=True)):      # who sets dropout knows better; and nothing is trained
+        assert library.planned(library.dataclasses.replace(settings, **own), 0.001, short, {}).max_steps == 100
 
     def die(*_):
         raise SystemExit
@@ -259,6 +260,13 @@ def test_foreign_checkpoints_are_refused_and_change_nothing(library, tmp_path, c
             library.load_checkpoint(path, into.model, into.optimizers, into.generator, **options)
     assert same(before, (list(run.state()[0].values()), run.generator.get_state(), torch.get_rng_state()))
     assert run.pick_up(path).history["loss"] == [] and "training starts afresh: " in capsys.readouterr().out
+
+
+def test_weights_go_on_with_another_dropout(library, tmp_path):
+    """Raising max_steps on a short text switches dropout on; what was learned before must not be lost."""
+    run, other = Run(library).train(tmp_path / "run.pt"), Run(library, seed=5, dropout=0.2)
+    library.load_checkpoint(tmp_path / "run.pt", other.model, other.optimizers)
+    assert same(list(run.model.parameters()), list(other.model.parameters())) and other.model.config.dropout == 0.2
 
 
 def test_a_damaged_checkpoint_gives_way_to_the_one_before(library, tmp_path, capsys):
