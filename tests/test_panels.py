@@ -88,7 +88,7 @@ def test_the_attention_panel_draws_the_chosen_head(library, model, tokenizer, mo
     for text, layer in (("def f(x): return x", 0), ("x" * 500, 1), ("$x$ 東京", 1)):
         library.attention_on(model, tokenizer, {(1, 0): ["previous token 0.90"]}, text, layer, 0)
     titles = [figure.axes[0].get_title(loc="left") for figure in drawn]
-    assert "best in none" in titles[0] and titles[1] == titles[2] == "layer 1, head 0: previous token 0.90"
+    assert "clear in none" in titles[0] and titles[1] == titles[2] == "layer 1, head 0: previous token 0.90"
     assert drawn[1].axes[0].images[0].get_array().shape == (48, 48)
 
 
