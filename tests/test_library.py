@@ -215,6 +215,32 @@ def test_filters_against_plain_ones(library, seed, p, k, temperature):
         assert torch.equal(found[kept], logits[kept] / temperature)
 
 
+class Fixed(torch.nn.Module):
+    """A model whose logits are the same everywhere."""
+
+    def __init__(self, library, logits):
+        super().__init__()
+        self.logits, self.config = torch.nn.Parameter(logits), library.GPTConfig(len(logits), 16, 1, 1, 8)
+
+    def forward(self, tokens, targets=None, cache=None):
+        return self.logits.expand(*tokens.shape, -1), None
+
+
+def test_numbers_at_the_edge(library, tokenizer):
+    """A wild loss has an infinite perplexity; NaN is said, not written; top-p 1 cuts nothing; derivatives of derivatives hold."""
+    wild = torch.zeros(tokenizer.n_vocab)
+    wild[0] = 1e6
+    assert library.evaluate(Fixed(library, wild), torch.ones(200, dtype=int), 500)["perplexity"] == math.inf
+    for options in (dict(temperature=0), dict(temperature=1.0), dict(top_k=3), dict(top_p=0.5), dict(min_p=0.1)):
+        with pytest.raises(ValueError, match="the model's numbers went wrong: its logits are no numbers"):
+            library.generate(Fixed(library, wild * math.nan), tokenizer, "a", 3, **options)
+    assert library.filter_logits(torch.tensor([60.0, 0.0, -9.0]), 0.5, top_p=1.0).isfinite().all()
+    x, targets = torch.randn(3, 7, dtype=torch.float64, requires_grad=True), torch.tensor([1, 2, 3])
+    for function in (library.rms_normalise, library.gelu, library.softmax, lambda x: library.cross_entropy(x, targets),
+                     lambda x: library.scaled_dot_product_attention(x, x, x, torch.ones(3, 3, dtype=bool).tril())):
+        assert torch.autograd.gradgradcheck(function, (x,))
+
+
 def test_texts_go_on_with_and_without_cache_and_beyond_the_context(library, model):
     window = torch.tensor([[1, 2, 3], [6, 5, 4]])
     both = (library.stream_tokens(model, window, 50, temperature=0, use_cache=use) for use in (True, False))

@@ -38,6 +38,12 @@ def test_rows_are_the_filtered_distribution(library, model, tokenizer):
     assert [after for _, _, after in library.next_token_rows(logits, tokenizer, temperature=0)] == [1.0] + [0.0] * 11
 
 
+def test_an_invalid_byte_is_shown_and_the_text_goes_on(library, panel, tokenizer):
+    stream = iter([torch.tensor([0xff]), *map(torch.tensor, [[token] for token in tokenizer.encode_ordinary("ok")])])
+    library.stream_into(panel, [tokenizer.eot_token], stream, threading.Event())
+    assert "\ufffdok" in panel.text.value
+
+
 def test_bars_follow_the_knobs(panel):
     before = probabilities(panel)
     assert len(before) == 12 and not any(cut for _, cut in before)
