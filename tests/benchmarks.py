@@ -91,7 +91,9 @@ def row(number, what, unit, values, peers=(), **more):
 def prepared_library():
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = False
-    return load_library()
+    library = load_library()
+    library.keep_freed_memory()  # as section 9 does
+    return library
 
 
 def train_for(library, seconds, settings, tokens, precision, starts=None):
