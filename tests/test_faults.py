@@ -407,6 +407,9 @@ def test_what_differs_from_before_is_said(library, tmp_path, capsys):
     run.settings = dataclasses.replace(run.settings, max_steps=15)
     assert len(run.train(tmp_path / "run.pt").history["loss"]) == 15
     assert "max_steps was 12 until step 12, now it is 15" in capsys.readouterr().out
+    library.note_conditions(run.history, 15, torch.bfloat16, torch.device("cuda"))
+    assert capsys.readouterr().out == ("precision was float32 until step 15, now it is bfloat16\n"
+                                       "device was cpu until step 15, now it is cuda\n")
 
 
 def test_a_changed_setting_names_the_section_to_run_again(library):
