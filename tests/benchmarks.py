@@ -2,10 +2,10 @@
 
     python tests/benchmarks.py --rows 5,6,7 --json
 
-Rows: 1 to 4 and `baseline` train models (minutes to hours), 5 to 9 take seconds to minutes,
+Rows: 1, 3, 4 and `baseline` train models (minutes to hours), 5 to 9 take seconds to minutes,
 and `memory` runs sections 2 to 4 on large texts. A peer is compared with where its path is given
 (--nanogpt: a checkout of the public repository) or where it is installed (transformers,
-tokenizers). Rows 1 to 3 need Tiny Shakespeare as a file (--shakespeare).
+tokenizers). Rows 1 and 3 need Tiny Shakespeare as a file (--shakespeare).
 Each measurement that is compared runs in a process of its own, the two sides in turn.
 """
 import argparse
@@ -29,13 +29,12 @@ import time
 
 import torch
 
-from conftest import NOTEBOOK, load_library
+from conftest import cells_of_sections, load_library
 
 CPU = torch.device("cpu")
 MODERN = dict(n_layer=4, vocab_size=257, windows="anywhere")  # bytes
-SHAKESPEARE = {  # rows 1 to 3, on top of the laptop preset; max_steps is what fits into the time
+SHAKESPEARE = {  # rows 1 and 3, on top of the laptop preset; max_steps is what fits into the time
     1: dict(MODERN, n_embd=128, n_head=2, context_length=256, batch_size=8),
-    2: dict(MODERN, n_embd=128, n_head=2, context_length=64, batch_size=16),
     3: dict(MODERN, n_embd=256, n_head=4, context_length=256, batch_size=8),
 }
 LIKE_NANOGPT = dict(activation="gelu", warmup_steps=100)  # where it differs from CLASSIC
@@ -50,8 +49,6 @@ STEP_SHAPES = {  # width, heads, layers, context, batch, vocabulary, dropout
     "width 256": (256, 4, 4, 256, 8, 2048, 0.0),
 }
 
-
-# What the rows have in common
 
 def in_process(task, **arguments):
     """The result (plain values) of the function of that name, run in a new Python process."""
@@ -113,37 +110,19 @@ def train_for(library, seconds, settings, tokens, precision, starts=None):
     return model, history["seconds"], steps
 
 
-def code_cells(stop, changes):
-    """Sources of the code cells before the markdown cell that begins with `stop`."""
-    sources = []
-    for cell in json.loads(NOTEBOOK.read_text(encoding="utf-8"))["cells"]:
-        source = "".join(cell["source"])
-        if cell["cell_type"] == "markdown" and source.startswith(stop):
-            return sources
-        if cell["cell_type"] == "code":
-            if "parameters" in cell["metadata"].get("tags", []):
-                source = f'preset = "laptop"\nchanges = {changes!r}'
-            sources.append(source)
-    raise AssertionError(f"no markdown cell begins with {stop!r}")
-
-
-def execute_cells(sources, space):
-    """Runs cells in a namespace, in silence."""
+def preprocessed(folder, changes={}):
+    """The namespace of the notebook after its sections 0 to 4, run in a folder, in silence."""
     from matplotlib import pyplot
+    os.chdir(folder)
+    space, chosen = {"__name__": "benchmark"}, f'preset, changes = "laptop", {changes!r}'
     with contextlib.redirect_stdout(io.StringIO()):
-        for source in sources:
-            exec(compile(source, "cell", "exec"), space)
+        for source, tags in cells_of_sections(0, 4, without=()):
+            exec(compile(chosen if "parameters" in tags else source, "cell", "exec"), space)
             pyplot.close("all")
     return space
 
 
-def preprocessed(folder, changes={}):
-    """The namespace of the notebook after its sections 0 to 4, run in a folder."""
-    os.chdir(folder)
-    return execute_cells(code_cells("## 5 ", changes), {"__name__": "benchmark"})
-
-
-# Rows 1 to 3: Tiny Shakespeare
+# Rows 1 and 3: Tiny Shakespeare
 
 def shakespeare_tokens(path):
     """The first nine tenths and the last tenth of the text, one token per byte."""
@@ -215,29 +194,24 @@ def nanogpt_shakespeare(path, nanogpt, seed):
     return {"seconds": seconds, **scores}
 
 
-def rows_1_to_3(options):
+def rows_1_and_3(options):
     if not options.shakespeare:
-        raise SystemExit("rows 1 to 3 need --shakespeare, the path of Tiny Shakespeare's text")
+        raise SystemExit("rows 1 and 3 need --shakespeare, the path of Tiny Shakespeare's text")
 
     def ours(row, seconds, seed):
         return in_process("our_shakespeare", path=options.shakespeare, row=row, seconds=seconds,
                           seed=seed, precision=options.precision)
 
-    first, peers, fractions = [], [], []
+    first, peers = [], []
     third = {minutes: [] for minutes in options.minutes if 3 in options.rows}
     for seed in range(1, options.seeds + 1):
         seconds = options.seconds
-        if options.nanogpt and {1, 2} & set(options.rows):
+        if options.nanogpt and 1 in options.rows:
             peers.append(in_process("nanogpt_shakespeare", path=options.shakespeare,
                                     nanogpt=options.nanogpt, seed=seed))
             seconds = peers[-1]["seconds"]
         if 1 in options.rows:
             first.append(ours(1, seconds, seed))
-        for fraction in (1/16, 1/12, 1/8, 1/6, 1/4, 1/2, 1) if 2 in options.rows and peers else ():
-            trial = ours(2, seconds * fraction, seed)
-            if trial["side_by_side"] <= peers[-1]["side_by_side"]:
-                fractions.append(trial["seconds"] / seconds)
-                break
         for minutes in third:
             third[minutes].append(ours(3, minutes * 60, seed))
 
@@ -253,9 +227,6 @@ def rows_1_to_3(options):
                      [p["side_by_side"] for p in peers],
                      peer_seconds=[round(p["seconds"], 1) for p in peers],
                      peer_half_overlap=[round(p["half_overlap"], 4) for p in peers])
-    if fractions:
-        yield row(2, "time to nanoGPT's final loss, over its time", "fraction", fractions, [1.0],
-                  precision=trial["precision"])
     for minutes, taken in third.items():
         yield losses(3, f"{minutes:g} minutes", taken, [NANOGPT_A100])
     if options.record and third:  # what the notebook's lab draws
@@ -413,8 +384,6 @@ def row_6(options):
               step_milliseconds=[round(1000 * run["seconds"], 1) for run in runs])
 
 
-# Rows 7 and 8: generation
-
 START = torch.zeros(1, 1, dtype=torch.int64)
 
 
@@ -464,8 +433,6 @@ def rows_7_and_8(options):
                           options, lambda: in_process("our_generation"), peer))
 
 
-# Row 9: the tokenizer's training
-
 def train_merges(trainer, texts):
     """Seconds for 2,048 tokens, by "ours" or by "rust" (tokenizers)."""
     library, texts = load_library(), json.loads(pathlib.Path(texts).read_text())
@@ -501,8 +468,6 @@ def row_9(options):
         yield row(9, "train_bpe, python corpus, 2,048 tokens, against tokenizers' Rust trainer",
                   "seconds", *in_turn(options, seconds("ours"), there and seconds("rust")))
 
-
-# Memory of sections 2 to 4
 
 def write_text(path, megabytes, seed=0):
     """Sentences of made-up words, their frequencies as in natural text (Zipf): none repeats."""
@@ -558,7 +523,7 @@ def row_memory(options):
                   seconds_per_megabyte=round(seconds / megabytes, 2), training_tokens=tokens)
 
 
-ROWS = {**dict.fromkeys((1, 2, 3), rows_1_to_3), 4: row_4, 5: row_5, 6: row_6,
+ROWS = {**dict.fromkeys((1, 3), rows_1_and_3), 4: row_4, 5: row_5, 6: row_6,
         **dict.fromkeys((7, 8), rows_7_and_8), 9: row_9,
         "baseline": row_baseline, "memory": row_memory}
 
@@ -566,7 +531,7 @@ ROWS = {**dict.fromkeys((1, 2, 3), rows_1_to_3), 4: row_4, 5: row_5, 6: row_6,
 def parse_rows(text):
     rows = [int(part) if part.isdigit() else part for part in text.split(",")]
     if wrong := [name for name in rows if name not in ROWS]:
-        raise argparse.ArgumentTypeError(f"row {wrong[0]!r} is unknown; the rows are 1 to 9, "
+        raise argparse.ArgumentTypeError(f"row {wrong[0]!r} is unknown; the rows are 1, 3 to 9, "
                                          f"baseline and memory")
     return rows
 
@@ -576,7 +541,7 @@ def main():
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--rows", type=parse_rows, default=[5, 6, 7, 8, 9],
-        help="1 to 9, baseline, memory, with commas between; default 5 to 9")
+        help="1, 3 to 9, baseline, memory, with commas between; default 5 to 9")
     add("--json", action="store_true", help="one JSON object per row")
     add("--seeds", type=int, default=3, help="how often each is measured (default 3)")
     add("--nanogpt", type=os.path.abspath, help="path of a checkout of nanoGPT")

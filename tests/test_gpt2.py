@@ -1,5 +1,5 @@
 """The notebook's GPT is GPT-2: against transformers, both ways; malformed files are refused."""
-import dataclasses, itertools, json, os, re
+import itertools, json, os, re
 
 import numpy as np
 import pytest
@@ -71,16 +71,6 @@ def test_same_logits_loss_and_text(library, tmp_path, shape, layout):
     greedy = peer.generate(tokens[:1, :4], attention_mask=torch.ones(1, 4, dtype=torch.int64), do_sample=False, min_new_tokens=64, max_new_tokens=64,
                            pad_token_id=0, eos_token_id=None)
     assert written.shape == (1, 64) and torch.equal(written, greedy[:, 4:])
-
-
-@pytest.mark.parametrize("change", [dict(activation="gelu"), dict(activation="relu_squared"), dict(norm="rmsnorm")], ids=str)
-def test_the_comparison_would_notice_a_wrong_detail(library, tmp_path, change):
-    peer, tokens = scaled_up(SHAPES[0]), torch.arange(30)[None]
-    ours = library.load_gpt2(save(peer, tmp_path))
-    other = library.GPT(dataclasses.replace(ours.config, **change)).eval()
-    other.load_state_dict(ours.state_dict(), strict=False)
-    with torch.no_grad():
-        assert close(ours(tokens)[0], peer(tokens).logits) and not close(other(tokens)[0], peer(tokens).logits)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
