@@ -68,7 +68,7 @@ def test_steps_that_fit_are_planned_once(library, tmp_path, monkeypatch):
     def die(*_):
         raise SystemExit
     run = Run(library, before_step=die)
-    run.history["plan"] = {"asked": [60, 7.5], "steps": 50}
+    run.history["plan"] = {"asked": [60, 8.0], "steps": 50}
     with pytest.raises(SystemExit):
         run.train(tmp_path / "run.pt", measure=lambda step: {})
     assert library.read_checkpoint(tmp_path / "run.pt")["history"]["plan"] == run.history["plan"]

@@ -11,7 +11,7 @@ MISTAKES = {  # section: (text of a cell, what takes its place), …
         ("single_bytes + [first + second", "[first + second")],
     4: [("return windows[:, :-1], windows[:, 1:]", "return windows[:, 1:], windows[:, :-1]"), ("np.flatnonzero(side == name)", "np.flatnonzero(side != name)"),
         ("torch.randint(len(tokens) - context_length, (", "torch.randint(len(tokens) - context_length - 1, ("),
-        ("range(a, max(a + 1, b - step), step)", "range(a + 1, max(a + 2, b - step), step)")],
+        ("range(a, max(a + 1, b - step), step)", "range(a + 1, max(a + 2, b - step), step)"), ("result[place] = texts", "result[origin] = texts")],
     5: [("y = x @ self.weight.T", "y = x @ self.weight"), ("is None else y + self.bias.to(y.dtype)", "is None else y"),
         ("return self.weight[tokens]", "return self.weight[tokens - 1]"), ("fraction) / (1 - fraction)", "fraction)"),
         ("x.square().mean(-1", "x.square().mean(-2"), ("(x - x.mean(-1, keepdim=True)", "(x"), ("erf(x / math.sqrt(2))", "erf(x)"),
