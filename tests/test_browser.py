@@ -202,12 +202,10 @@ def test_the_panel_works_in_notebook_7(browser, lab):
     page = browser.new_page(viewport={"width": 1400, "height": 1000})
     page.goto(f"{lab}/notebooks/panel.ipynb")
     page.wait_for_selector(".jp-NotebookPanel .jp-Cell", timeout=90_000)
+    page.get_by_role("menuitem", name="Run", exact=True).click()
+    page.get_by_role("menuitem", name="Run All Cells", exact=True).click()
     bars = page.locator(".gpt-bars")
-    for _ in range(6):                        # what is run before the kernel is connected does nothing
-        page.get_by_role("menuitem", name="Run", exact=True).click()
-        page.get_by_role("menuitem", name="Run All Cells", exact=True).click()
-        if until(page, lambda: bars.count() > 0):
-            break
+    bars.wait_for(timeout=90_000)
     before = bars.inner_text()
     assert until(page, lambda: bars.inner_text() != before, lambda: page.locator(".noUi-target").first.click(position={"x": 20, "y": 2}))
     shot(page, "notebook7")
