@@ -50,6 +50,8 @@ STEP_SHAPES = {  # width, heads, layers, context, batch, vocabulary, dropout
 }
 
 
+# What the rows have in common
+
 def in_process(task, **arguments):
     """The result (plain values) of the function of that name, run in a new Python process."""
     program = (f"import sys, json; sys.path.insert(0, {str(pathlib.Path(__file__).parent)!r}); "
@@ -384,6 +386,8 @@ def row_6(options):
               step_milliseconds=[round(1000 * run["seconds"], 1) for run in runs])
 
 
+# Rows 7 and 8: generation
+
 START = torch.zeros(1, 1, dtype=torch.int64)
 
 
@@ -433,6 +437,8 @@ def rows_7_and_8(options):
                           options, lambda: in_process("our_generation"), peer))
 
 
+# Row 9: the tokenizer's training
+
 def train_merges(trainer, texts):
     """Seconds for 2,048 tokens, by "ours" or by "rust" (tokenizers)."""
     library, texts = load_library(), json.loads(pathlib.Path(texts).read_text())
@@ -468,6 +474,8 @@ def row_9(options):
         yield row(9, "train_bpe, python corpus, 2,048 tokens, against tokenizers' Rust trainer",
                   "seconds", *in_turn(options, seconds("ours"), there and seconds("rust")))
 
+
+# Memory of sections 2 to 4
 
 def write_text(path, megabytes, seed=0):
     """Sentences of made-up words, their frequencies as in natural text (Zipf): none repeats."""

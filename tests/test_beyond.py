@@ -198,6 +198,8 @@ def test_the_documented_command_is_one_line_that_needs_no_file(library):
     assert shlex.split(documented)[-2:] == [command[-2], "checkpoints/together"] and ".py" not in documented
 
 
+# What it would take
+
 def test_large_models_have_their_published_sizes(library):
     millions = {name: round(library.parameter_formula(config) / 1e6) for name, config in library.BIG_MODELS.items()}
     assert millions == {"GPT-2 small": 124, "GPT-2 medium": 355, "GPT-2 large": 774, "GPT-2 XL": 1558, "a 7B model": millions["a 7B model"]}
