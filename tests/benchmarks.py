@@ -539,8 +539,7 @@ ROWS = {**dict.fromkeys((1, 3), rows_1_and_3), 4: row_4, 5: row_5, 6: row_6,
 def parse_rows(text):
     rows = [int(part) if part.isdigit() else part for part in text.split(",")]
     if wrong := [name for name in rows if name not in ROWS]:
-        raise argparse.ArgumentTypeError(f"row {wrong[0]!r} is unknown; the rows are 1, 3 to 9, "
-                                         f"baseline and memory")
+        raise argparse.ArgumentTypeError(f"row {wrong[0]!r} is none of {', '.join(map(str, ROWS))}")
     return rows
 
 
@@ -549,7 +548,7 @@ def main():
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--rows", type=parse_rows, default=[5, 6, 7, 8, 9],
-        help="1, 3 to 9, baseline, memory, with commas between; default 5 to 9")
+        help=f"with commas between: {', '.join(map(str, ROWS))}; default 5 to 9")
     add("--json", action="store_true", help="one JSON object per row")
     add("--seeds", type=int, default=3, help="how often each is measured (default 3)")
     add("--nanogpt", type=os.path.abspath, help="path of a checkout of nanoGPT")
