@@ -64,7 +64,7 @@ def outputs_text(notebook):
 
 def start_notebook(folder, name=NOTEBOOK.name, output="run.ipynb", **environment):
     """A process that executes a notebook in a folder, with the smoke preset unless told otherwise, offline."""
-    values = {**os.environ, "GPT_PRESET": "smoke", "HF_HUB_OFFLINE": "1", **environment}
+    values = {**os.environ, "GPT_PRESET": "smoke", "HF_HUB_OFFLINE": "1", "PYTHONUTF8": "1", **environment}    # (jupyter execute reads by the system's encoding)
     values["PATH"] = os.path.dirname(sys.executable) + os.pathsep + values["PATH"]      # so that jupyter is this Python's
     if "TIKTOKEN_CACHE_DIR" not in environment:
         values.pop("TIKTOKEN_CACHE_DIR", None)
@@ -75,7 +75,7 @@ def start_notebook(folder, name=NOTEBOOK.name, output="run.ipynb", **environment
 
 def finish_notebook(process, folder, output="run.ipynb"):
     """Waits for start_notebook's process; returns the text of the outputs."""
-    assert process.wait(timeout=900) == 0, (folder / "printed.txt").read_text()[-3000:]
+    assert process.wait(timeout=900) == 0, (folder / "printed.txt").read_text(encoding="utf-8", errors="replace")[-3000:]
     (folder / "printed.txt").unlink()
     return outputs_text(json.loads((folder / output).read_text(encoding="utf-8")))
 

@@ -36,7 +36,8 @@ def smoke(tmp_path_factory):
 def test_smoke(smoke):
     folder, text = smoke
     assert "picked up the checkpoint" not in text
-    assert "difference between one process and two: " in text and "the same logits, to the bit" in text
+    assert "the same logits, to the bit" in text
+    assert "difference between one process and two: " in text or os.name == "nt" and "could not run together here" in text
     assert "the real GPT-2 is not used: " in text or "124,439,808 parameters: The meaning of life is" in text
     assert sorted(os.listdir(folder)) == ["checkpoints", "data", "gpt_from_scratch.ipynb", "run.ipynb"]
 
@@ -117,7 +118,7 @@ def test_readme_commands_and_sample(notebook):
     readme = committed("README.md")
     commands = [line for line in readme.splitlines() if line.startswith("pip install")]
     assert len(commands) == 2
-    assert "jupyter execute gpt_from_scratch.ipynb --output" in commands[0] and "pytest" in commands[1]
+    assert "jupyter nbconvert --to notebook --execute gpt_from_scratch.ipynb --output" in commands[0] and "pytest" in commands[1]
     sample = re.search(r"```python\n(.*?)```", readme, re.S).group(1).strip()
     assert sample in outputs_text(notebook), "the sample in README is not in the outputs"
 
@@ -147,8 +148,8 @@ def test_gpt2s_choices_run_from_top_to_bottom_as_a_script(tmp_path):
             cell["source"] = smoke_with({**load_library().CLASSIC, "dropout": 0.1, "split_pattern": "gpt2"})
     (folder / "my gpt.ipynb").write_text(json.dumps(notebook), encoding="utf-8")
     subprocess.run([sys.executable, "-m", "jupyter", "nbconvert", "--to", "script", "my gpt.ipynb"], cwd=folder, check=True, capture_output=True)
-    done = subprocess.run([sys.executable, "my gpt.py"], cwd=folder, capture_output=True, text=True, timeout=600, env={
-        **os.environ, "MPLBACKEND": "agg", "HF_HUB_OFFLINE": "1"})
+    done = subprocess.run([sys.executable, "my gpt.py"], cwd=folder, capture_output=True, encoding="utf-8", timeout=600, env={
+        **os.environ, "MPLBACKEND": "agg", "HF_HUB_OFFLINE": "1", "PYTHONUTF8": "1"})
     assert done.returncode == 0, done.stderr[-3000:]
     assert "parameters, as on paper" in done.stdout and "could not run together here" in done.stdout
 
@@ -165,7 +166,7 @@ def test_the_oldest_packages_run_it(tmp_path):
     shutil.copy(NOTEBOOK, tmp_path)
     path = os.path.dirname(python) + os.pathsep + os.environ["PATH"]
     subprocess.run([python, "-m", "jupyter", "execute", NOTEBOOK.name, "--output", "run.ipynb"], cwd=tmp_path, check=True, env={
-        **os.environ, "PATH": path, "GPT_PRESET": "smoke", "HF_HUB_OFFLINE": "1"})
+        **os.environ, "PATH": path, "GPT_PRESET": "smoke", "HF_HUB_OFFLINE": "1", "PYTHONUTF8": "1"})
     assert "validation: GPT " in outputs_text(json.loads((tmp_path / "run.ipynb").read_text(encoding="utf-8")))
 
 
