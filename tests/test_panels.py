@@ -42,6 +42,9 @@ def test_an_invalid_byte_is_shown_and_the_text_goes_on(library, panel, tokenizer
     stream = iter([torch.tensor([0xff]), *map(torch.tensor, [[token] for token in tokenizer.encode_ordinary("ok")])])
     library.stream_into(panel, [tokenizer.eot_token], stream, threading.Event())
     assert "\ufffdok" in panel.text.value
+    prompt = [tokenizer.eot_token, *tokenizer.encode_ordinary("def")]
+    library.stream_into(panel, prompt, iter([torch.tensor([tokenizer.eot_token])]), threading.Event())     # it ends at once
+    assert ">def<" in panel.text.value and "ok" not in panel.text.value
 
 
 def test_bars_follow_the_knobs(panel):
