@@ -69,7 +69,8 @@ show_panel(small_panel.box, "")"""
                    **{name: str(folder / "jupyter" / name) for name in ("JUPYTER_CONFIG_DIR", "JUPYTER_RUNTIME_DIR", "JUPYTERLAB_WORKSPACES_DIR")}}
     environment.pop("MPLBACKEND", None)                               # conftest's choice; here the figures are to be seen
     environment["PATH"] = os.path.dirname(sys.executable) + os.pathsep + environment["PATH"]
-    command = [sys.executable, "-m", "jupyterlab", "--no-browser", f"--port={port}", "--IdentityProvider.token=", "--allow-root", "--LabApp.expose_app_in_browser=True"]
+    command = [sys.executable, "-m", "jupyterlab", "--no-browser", f"--port={port}", "--IdentityProvider.token=", "--allow-root", "--LabApp.expose_app_in_browser=True",
+               "--JupyterNotebookApp.expose_app_in_browser=True"]
     with open(folder / "server.log", "wb") as log:
         server = subprocess.Popen(command, cwd=folder, env=environment, stdout=log, stderr=log)
     try:
@@ -202,6 +203,7 @@ def test_the_panel_works_in_notebook_7(browser, lab):
     page = browser.new_page(viewport={"width": 1400, "height": 1000})
     page.goto(f"{lab}/notebooks/panel.ipynb")
     page.wait_for_selector(".jp-NotebookPanel .jp-Cell", timeout=90_000)
+    page.evaluate(CONNECTED_KERNEL)
     page.get_by_role("menuitem", name="Run", exact=True).click()
     page.get_by_role("menuitem", name="Run All Cells", exact=True).click()
     bars = page.locator(".gpt-bars")
