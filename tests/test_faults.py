@@ -72,9 +72,6 @@ def test_steps_that_fit_are_planned_once(library, tmp_path, monkeypatch):
     with pytest.raises(SystemExit):
         run.train(tmp_path / "run.pt", measure=lambda step: {})
     assert library.read_checkpoint(tmp_path / "run.pt")["history"]["plan"] == run.history["plan"]
-    rate = lambda steps, dropout=0.0, **changes: library.short_run_rate(library.make_settings(max_steps=100, **changes), steps, dropout)
-    assert rate(49) == pytest.approx(1.75 * rate(50)) and rate(50) == rate(100) == settings.muon_learning_rate      # longer steps where they are few
-    assert rate(49, dropout=0.2) == rate(49, start_from="pretrained") == rate(50)
     first, other = library.make_settings(minutes=1.0), library.make_settings(minutes=None)
     assert library.run_name(first, "stamp", {}) == library.run_name(other, "stamp", {})
 
