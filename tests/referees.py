@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 def small_config(lib, **changes):
     values = dict(vocab_size=50, context_length=16, n_layer=2, n_head=2, n_embd=16, position="rotary", norm="rmsnorm",
-                  activation="relu_squared", qk_norm=True, bias=False, tie_embeddings=False)
+                  activation="relu_squared", qk_norm=True, token_shift=True, bias=False, tie_embeddings=False)
     return lib.GPTConfig(**{**values, **changes})
 
 
@@ -75,6 +75,7 @@ def gpt_is_the_one_by_hand(lib):  # with today's parts; test_gpt2.py compares GP
     x = p["token_embedding.weight"][tokens]
     for i in range(model.config.n_layer):
         w = {name.split(f"blocks.{i}.")[-1].removesuffix(".weight"): value for name, value in p.items()}
+        x = x + w["shift"] * F.pad(x, (0, 0, 1, -1))
         parts = F.linear(norm(x, C, w["attention_norm"]), w["attention.query_key_value"])
         q, k, v = parts.view(16, 3, model.config.n_head, -1).permute(1, 2, 0, 3)
         q, k = (lib.apply_rotary(norm(part, part.shape[-1:]), torch.arange(16)) for part in (q, k))

@@ -20,11 +20,11 @@ MUTATIONS = {  # check: (text in the define cells, what takes its place), …
     "positions_are_those_on_paper": [("first * sin + second * cos]", "first * sin - second * cos]"),
                                      ("angles.sin(), angles.cos()]", "angles.cos(), angles.sin()]")],
     "gpt_is_the_one_by_hand": [
-        ("x = x + self.attention(", "x = self.attention("), ("math.sqrt(1.2) * rms_normalise(", "rms_normalise("),
+        ("x = x + self.attention(", "x = self.attention("), ("torch.cat([first, x[:, :-1]], 1)", "x"), ("math.sqrt(1.2) * rms_normalise(", "rms_normalise("),
         ("permute(2, 0, 3, 1, 4)", "flip(3).permute(2, 0, 3, 1, 4)"), ("torch.relu(x).square()", "torch.relu(x)")],
     "earlier_logits_never_change": [
         (") <= positions[:, None]", ") <= positions[:, None] + 1"), ("torch.arange(past, past + T,", "torch.arange(T,"),
-        ("self.length, self.length + k.shape[-2]", "self.length, k.shape[-2]")],
+        ("self.length, self.length + k.shape[-2]", "self.length, k.shape[-2]"), ("self.last, x[:, -1:]", "self.last, self.last")],
     "steps_are_pytorchs": [
         ("targets)[1] / settings.accumulation_steps", "targets)[1]"), ("optimizer.zero_grad()", "pass"),
         (".clamp(max=1.0)", ".clamp(min=1.0)"), ('setdefault("peak", group["lr"]) * fraction', 'get("lr") * fraction'),

@@ -203,7 +203,7 @@ def test_the_checks_of_sections_1_to_9_pass_for_settings_at_random(seed, tmp_pat
                    context_length=rng.choice([2, 3, 8, 64]), position=rng.choice(["rotary", "none", "sinusoidal", "learned"]), norm=rng.choice(["rmsnorm", "layernorm"]),
                    activation=rng.choice(["relu_squared", "gelu", "gelu_tanh"]), dropout=rng.choice([0.0, 0.3]), optimizer=rng.choice(["muon", "adamw"]),
                    windows=rng.choice(["documents", "anywhere"]), batch_size=2, accumulation_steps=rng.choice([1, 2]), max_steps=3, evaluations=1, sample_tokens=16,
-                   **{name: rng.random() < 0.5 for name in ("qk_norm", "bias", "tie_embeddings")})
+                   **{name: rng.random() < 0.5 for name in ("qk_norm", "token_shift", "bias", "tie_embeddings")})
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("IPython.display.display", lambda *a, **k: None)
     space = {"__name__": "run", "display": lambda *a, **k: None}
