@@ -262,6 +262,25 @@ def test_foreign_checkpoints_are_refused_and_change_nothing(library, tmp_path, c
     assert run.pick_up(path).history["loss"] == [] and "training starts afresh: " in capsys.readouterr().out
 
 
+def test_dropout_follows_the_epochs_unless_it_is_set(library):
+    tokens, by_steps = torch.zeros(1000), lambda steps, **changes: library.dropout_of(
+        library.make_settings("smoke", max_steps=steps, context_length=10, batch_size=10, **changes), tokens)
+    assert [by_steps(steps) for steps in (30, 31, 60, 61)] == [0, 0.1, 0.1, 0.2]        # ten steps are an epoch
+    assert by_steps(61, dropout=0.0) == by_steps(61, pretrained=True) == 0 and by_steps(1, dropout=0.3) == 0.3
+
+
+def test_dropout_can_be_changed_in_all_parts(library):
+    run = Run(library, dropout=0.0)
+    for parameter in run.model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    run.model.train()
+    for fraction in (0.0, 0.5, 0.0):
+        library.set_dropout(run.model, fraction)
+        logits = [run.model(TOKENS[None, :16] % 200)[0] for _ in range(2)]
+        assert torch.equal(*logits) == (fraction == 0) and run.model.config.dropout == fraction
+        assert all(part.dropout == fraction for block in run.model.blocks for part in (block.attention, block.feed_forward))
+
+
 def test_weights_go_on_with_another_dropout(library, tmp_path):
     """Raising max_steps on a short text switches dropout on; what was learned before must not be lost."""
     run, other = Run(library).train(tmp_path / "run.pt"), Run(library, seed=5, dropout=0.2)
