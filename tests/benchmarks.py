@@ -101,9 +101,14 @@ def train_for(library, seconds, settings, tokens, precision, starts=None):
     → model, seconds, steps.
     """
     config = library.make_config(settings, settings.vocab_size)
-    step = library.timing_run(settings, config, tokens, CPU, precision, steps=40)
-    steps = max(1, int(0.92 * seconds / step))  # 8% in reserve for slower moments
-    settings = dataclasses.replace(settings, max_steps=steps)
+    for _ in range(2):  # without dropout first; how many steps fit says whether there is any
+        step = library.timing_run(settings, config, tokens, CPU, precision, steps=40)
+        steps = max(1, int(0.92 * seconds / step))  # 8% in reserve for slower moments
+        settings = dataclasses.replace(settings, max_steps=steps)
+        dropout = library.dropout_of(settings, tokens)
+        if dropout == config.dropout:
+            break
+        config = dataclasses.replace(config, dropout=dropout)
     torch.manual_seed(settings.seed)
     model = library.GPT(config)
     optimizers = library.make_optimizers(model, settings, precision)
