@@ -279,6 +279,8 @@ def test_dropout_can_be_changed_in_all_parts(library):
         logits = [run.model(TOKENS[None, :16] % 200)[0] for _ in range(2)]
         assert torch.equal(*logits) == (fraction == 0) and run.model.config.dropout == fraction
         assert all(part.dropout == fraction for block in run.model.blocks for part in (block.attention, block.feed_forward))
+    run.model.config = library.dataclasses.replace(run.model.config, dropout=0.5)       # after the embedding alone
+    assert not torch.equal(*(run.model(TOKENS[None, :16] % 200)[0] for _ in range(2)))
 
 
 def test_weights_go_on_with_another_dropout(library, tmp_path):
