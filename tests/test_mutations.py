@@ -13,7 +13,7 @@ MUTATIONS = {  # check: (text in the define cells, what takes its place), …
     "parts_are_pytorchs": [
         ("scores = q / math.sqrt(q.shape[-1]) @", "scores = q @"), ("masked_fill_(~mask,", "masked_fill_(mask,"),
         ("(x - x.mean(-1, keepdim=True)", "(x"), ("keepdim=True) + eps)", "keepdim=True)) + eps"),
-        ("erf(x / math.sqrt(2))", "erf(x)"), ("0.044715", "0.44715"), ("fraction) / (1 - fraction)", "fraction)")],
+        ("erf(x / math.sqrt(2))", "erf(x)"), ("0.044715", "0.44715"), ("x.device) / (1 - fraction)", "x.device)")],
     "cross_entropy_is_pytorchs": [
         ("torch.log_softmax(logits, -1)  #", "logits  #"), ("torch.exp(x - x.amax(dim, keepdim=True))", "x.exp()"),
         ("logits.to(torch.promote_types(logits.dtype, torch.float32))", "logits")],
