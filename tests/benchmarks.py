@@ -96,13 +96,15 @@ def prepared_library():
     return library
 
 
-def train_for(library, seconds, settings, tokens, precision, starts=None):
-    """A new model, trained for about so many seconds: by the steps of a timing run.
+def train_for(library, seconds, settings, tokens, precision, starts=None, steps=None):
+    """A new model, trained for about so many seconds, by the steps of a timing run; or for steps.
 
     → model, seconds, steps.
     """
     config = library.make_config(settings, settings.vocab_size)
-    for _ in range(2):  # without dropout first; how many steps fit says whether there is any
+    if steps:
+        settings = dataclasses.replace(settings, max_steps=steps)
+    for _ in range(0 if steps else 2):  # the second time with the dropout that so many steps have
         step = library.timing_run(settings, config, tokens, CPU, precision, steps=40)
         steps = max(1, int(0.92 * seconds / step))  # 8% in reserve for slower moments
         settings = dataclasses.replace(settings, max_steps=steps)
@@ -146,13 +148,14 @@ def whole_losses(library, model, tokens):
             "half_overlap": float(losses().mean())}
 
 
-def our_shakespeare(path, row, seconds, seed, precision):
+def our_shakespeare(path, row, seconds, seed, precision, steps=None):
     library = prepared_library()
     training, validation = shakespeare_tokens(path)
     settings = library.make_settings("laptop", seed=seed, precision=precision, dropout=(
         LONG_RUN_DROPOUT if seconds > 300 else 0.0), **SHAKESPEARE[row])
     precision, _ = library.choose_precision(settings, CPU)
-    model, taken, steps = train_for(library, seconds, settings, training, precision)
+    model, taken, steps = train_for(
+        library, seconds, settings, training, precision, steps=steps)
     return {"seconds": taken, "steps": steps, "precision": str(precision)[6:],
             **whole_losses(library, model, validation)}
 
@@ -207,12 +210,13 @@ def rows_1_and_3(options):
     if not options.shakespeare:
         raise SystemExit("rows 1 and 3 need --shakespeare, the path of Tiny Shakespeare's text")
 
-    def ours(row, seconds, seed):
+    def ours(row, seconds, seed, steps=None):
         return in_process("our_shakespeare", path=options.shakespeare, row=row, seconds=seconds,
-                          seed=seed, precision=options.precision)
+                          seed=seed, precision=options.precision, steps=steps)
 
     first, peers = [], []
     third = {minutes: [] for minutes in options.minutes if 3 in options.rows}
+    steps = options.steps or [None] * len(third)
     for seed in range(1, options.seeds + 1):
         seconds = options.seconds
         if options.nanogpt and 1 in options.rows:
@@ -221,8 +225,8 @@ def rows_1_and_3(options):
             seconds = peers[-1]["seconds"]
         if 1 in options.rows:
             first.append(ours(1, seconds, seed))
-        for minutes in third:
-            third[minutes].append(ours(3, minutes * 60, seed))
+        for minutes, count in zip(third, steps):
+            third[minutes].append(ours(3, minutes * 60, seed, count))
 
     def losses(number, what, taken, peers, **more):
         overlap = statistics.median(run["half_overlap"] for run in taken)
@@ -563,11 +567,14 @@ def main():
     add("--seconds", type=float, default=118.0, help="time of row 1 without nanoGPT (default 118)")
     add("--baseline-seconds", type=float, default=60.0, help="of each run (default 60)")
     add("--minutes", type=float, nargs="+", default=[10.0], help="times of row 3 (default 10)")
+    add("--steps", type=int, nargs="+", help="as many steps for each of them, whatever they take")
     add("--record", type=os.path.abspath, help="a recorded.json, into which row 3 is written")
     add("--precision", choices=("auto", "float32", "bfloat16"), default="auto",
         help="of ours in rows 1 to 4 and 6 (default auto: bfloat16 where it is faster)")
     add("--megabytes", type=int, nargs="+", default=[64, 256, 1024], help="sizes of row memory")
     options = parser.parse_args()
+    if options.steps and len(options.steps) != len(options.minutes):
+        parser.error("--steps needs as many numbers as --minutes")
     for function in dict.fromkeys(ROWS[name] for name in ROWS if name in options.rows):
         for result in function(options):
             result = {k: round(v, 4) if isinstance(v, float) else v for k, v in result.items()}

@@ -49,7 +49,7 @@ def test_weights_from_elsewhere_work_or_are_refused_by_name(library, tmp_path):
         library.load_gpt2(tmp_path)
     save(peer, tmp_path)
     resaved(tmp_path, lambda tensors: {**tensors, "transformer.wte.weight": torch.cat([tensors["transformer.wte.weight"], torch.zeros(3, 32)])})
-    with pytest.raises(ValueError, match=r"the shape of 'wte.weight' is \[64, 32\], but it must be \[61, 32\]$"):
+    with pytest.raises(ValueError, match=r"'wte.weight' is \[64, 32\], but it must be \[61, 32\]$"):
         library.load_gpt2(tmp_path)
 
 
@@ -150,7 +150,7 @@ def test_missing_unknown_and_misshapen_tensors_are_refused(library, tmp_path, mo
     tensors = {**load_file(tmp_path / "model.safetensors"), f"transformer.{name}": tensor}
     save_file({name: tensor for name, tensor in tensors.items() if tensor is not None}, tmp_path / "model.safetensors")
     monkeypatch.setattr(torch.Tensor, "copy_", lambda *a: pytest.fail("a weight was loaded"))
-    with pytest.raises(ValueError, match=f"the shape of {name!r} {words}"):
+    with pytest.raises(ValueError, match=f"{name!r} {words}"):
         library.load_gpt2(tmp_path)
 
 
