@@ -14,7 +14,7 @@ MISTAKES = {  # section: (text of a cell, what takes its place), …
         ("range(a, max(a + 1, b - step), step)", "range(a + 1, max(a + 2, b - step), step)"), ("result[place] = texts", "result[origin] = texts")],
     5: [("y = x @ self.weight.T", "y = x @ self.weight"), ("is None else y + self.bias.to(y.dtype)", "is None else y"),
         ("return self.weight[tokens]", "return self.weight[tokens - 1]"), ("x.device) / (1 - fraction)", "x.device)"), ("numbers < 2.0**16", "numbers > 2.0**16"),
-        ("x.square().mean(-1", "x.square().mean(-2"), ("(x - x.mean(-1, keepdim=True)", "(x"), ("erf(x / math.sqrt(2))", "erf(x)"),
+        ("(x * x).mean(-1", "(x * x).mean(-2"), ("(x - x.mean(-1, keepdim=True)", "(x"), ("erf(x / math.sqrt(2))", "erf(x)"),
         ("powers / powers.sum(dim", "powers / powers.sum(0"), ("losses = -log_probabilities", "losses = log_probabilities"), ("losses.mean() if", "losses.sum() if")],
     6: [("scores = q / math.sqrt(q.shape[-1]) @", "scores = q @"), ("masked_fill_(~mask", "masked_fill_(mask"),
         ("torch.cat([head(x) for head in self.heads], -1)", "torch.cat([head(x) for head in self.heads[::-1]], -1)"),

@@ -74,6 +74,18 @@ def test_it_generates_what_generate_does_and_a_token_can_be_asked(library, panel
     assert abs(probabilities(panel)[0][0] / 100 - float(wanted.detach().max())) < 6e-4
 
 
+@pytest.mark.parametrize("prompt", ["def", "def f(x):\n    return x + 1\n" * 8])
+def test_a_token_of_a_text_that_outgrew_the_context_was_drawn_from_what_is_shown(panel, model, prompt):
+    panel.knobs["prompt"].value, panel.knobs["max_new_tokens"].value, panel.knobs["temperature"].value = prompt, 150, 0
+    panel.start_button.click()
+    panel.thread.join(60)
+    places = [place for _, place in panel.tokens.options]
+    assert len(panel.ids) > 2 * model.config.context_length
+    for place in places:
+        panel.tokens.value = place
+        assert int(panel.logits.argmax()) == panel.chosen == panel.ids[place]
+
+
 def test_knobs_answer_while_it_generates_and_stop_stops(panel):
     panel.pause, panel.knobs["max_new_tokens"].value = 0.05, 500
     panel.start_button.click()
