@@ -164,7 +164,7 @@ def test_the_stop_button_ends_after_a_whole_step_and_nothing_is_lost(library, tm
     shutil.copy(path, tmp_path / "copy.pt")
     assert same(run.train(path).state(), whole.state())     # the cell run again
     anew = Run(library, seed=5, optimizer=optimizer).pick_up(tmp_path / "copy.pt")
-    assert len(anew.history["loss"]) == step and same(anew.train(path).state(), whole.state())      # another kernel
+    assert len(anew.history["loss"]) == step and same(anew.train(tmp_path / "copy.pt").state(), whole.state())  # another kernel
 
 
 @posix
@@ -214,9 +214,27 @@ def test_a_full_disk_is_said_and_the_run_goes_on(library, tokenizer, tmp_path, c
     with pytest.raises(OSError, match="no_such"):
         library.load_tokens(tmp_path / "tokens", "stamp", map(lambda t: t or open("/no_such"), ["abc", ""]), tokenizer)
     assert os.listdir(tmp_path / "tokens") == []
-    run = Run(library).train(tmp_path / "full" / "run.pt")  # no folder can be made there
-    assert re.match("no lock can be had for .*; training goes on without one\n.*run.pt can't be written .*; the run goes "
-                    "on; checkpoint: none yet", capsys.readouterr().out) and len(run.history["loss"]) == 12
+    run = Run(library).train(tmp_path / "full" / "run.pt", save_every=0)    # no folder can be made there
+    said = capsys.readouterr().out                          # once, though every step is to be saved
+    assert re.fullmatch("no lock can be had for .*; training goes on without one\n.*run.pt can't be written .*; the run goes "
+                        "on; checkpoint: none yet\n", said) and len(run.history["loss"]) == 12
+
+
+@posix
+def test_a_disk_that_fills_up_within_a_tensor_is_one_sentence(library, tmp_path):
+    import resource                                         # Windows has none
+    usual = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, usual[1]))
+    try:
+        with refused("run.pt can't be written \\(File too large\\); what stood there before is untouched", OSError):
+            with library.atomic_write(tmp_path / "run.pt") as file:
+                torch.save({"small": torch.zeros(9), "large": torch.zeros(1 << 20)}, file)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, usual)
+    assert os.listdir(tmp_path) == []
+    with pytest.raises(RuntimeError, match="^another trouble$"):
+        with library.atomic_write(tmp_path / "run.pt"):
+            raise RuntimeError("another trouble")
 
 
 def test_a_refused_rename_leaves_a_checkpoint(library, tmp_path, monkeypatch):
@@ -240,7 +258,7 @@ def test_a_stranger_s_checkpoint_runs_nothing(library, tmp_path):
     content = torch.load(path, weights_only=True)
     for evil, zipped in ((Payload(), True), ({**content, "config": Payload()}, True), (Payload(), False)):
         torch.save(evil, path, _use_new_zipfile_serialization=zipped)
-        with refused("is no whole checkpoint .*nothing in it was run; delete it"):
+        with refused("is no whole checkpoint .*nothing in it was run$"):
             library.load_checkpoint(path, run.model)
     assert not Payload.target.exists()
 
@@ -256,7 +274,7 @@ def test_foreign_checkpoints_are_refused_and_change_nothing(library, tmp_path, c
     torch.set_rng_state(before[2])
     for change, into, options, words in cases:
         torch.save({**content, **change}, path)
-        with refused(f"{words}.* delete it to train again"):
+        with refused(words or "run.pt holds other parameters|no whole checkpoint"):
             library.load_checkpoint(path, into.model, into.optimizers, into.generator, **options)
     assert same(before, (list(run.state()[0].values()), run.generator.get_state(), torch.get_rng_state()))
     assert run.pick_up(path).history["loss"] == [] and "training starts afresh: " in capsys.readouterr().out
@@ -365,7 +383,7 @@ def test_damaged_checkpoints_never_load_wrongly(library, tmp_path, count):
         try:
             assert same(library.read_checkpoint(path), expected)
         except ValueError as error:
-            assert re.fullmatch(r".*run.pt is no whole checkpoint \(.*\), and nothing .*; delete it.*", str(error))
+            assert re.fullmatch(r".*run.pt is no whole checkpoint \(.*\), and nothing in it was run", str(error))
             wrong += 1
     assert wrong > count / 2
 
@@ -393,6 +411,14 @@ def test_a_loss_that_is_no_number_updates_nothing_and_names_the_last_checkpoint(
         run.train(path, save_every=0)
     assert len(run.history["loss"]) == 5 and same(before, list(run.model.parameters()))
     assert len(Run(library).pick_up(path).train(path).history["loss"]) == 12
+
+
+def test_gradients_that_a_broken_step_left_do_not_count(library, tmp_path):
+    run = Run(library)
+    for p in run.model.parameters():
+        p.grad = torch.full_like(p, math.nan)
+    run.train(tmp_path / "run.pt")
+    assert same(run.state(), Run(library).train(tmp_path / "other.pt").state())
 
 
 def hashes_with(old="", new=""):
@@ -467,7 +493,10 @@ def test_a_second_notebook_is_told_before_its_first_step(library, tmp_path):
         run.train(path)
     assert run.history["loss"] == [] and not path.exists()
     run.train(path)                                         # the first has finished
-    assert len(Run(library).pick_up(path).history["loss"]) == 12
+    late = Run(library)                                     # it looked for a checkpoint before there was one
+    with refused("^another notebook has trained this very run meanwhile .*run the cell above again", RuntimeError):
+        late.train(path)
+    assert late.history["loss"] == [] and len(late.pick_up(path).train(path).history["loss"]) == 12
 
 
 BAD = {"make_settings": [
@@ -560,6 +589,26 @@ def test_nine_tenths_of_a_text_are_used(library, tmp_path, name):
         texts = [library.normalise(row)["text"] for row in library.read_own_files(str(corpus), "text")]
         used = [text for text in texts if 60 <= len(text.encode()) <= 4000]
         assert 0.9 * characters <= sum(map(len, used)) <= 1.01 * characters, (len(used), sum(map(len, used)), characters)
+
+
+def test_files_of_other_types_do_not_decide_how_a_book_is_split(library, tmp_path):
+    (tmp_path / "book.txt").write_text(f"{PROSE}\n\n" * 3000)
+    alone = list(library.read_own_files(str(tmp_path), "text"))
+    for i in range(25):
+        (tmp_path / f"{i}.png").write_bytes(b"x")
+    assert list(library.read_own_files(str(tmp_path), "text")) == alone and len({row["source"] for row in alone}) > 10
+
+
+def test_a_document_larger_than_the_limit_is_read_and_nothing_after_it(library, tmp_path):
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"text": text * 2000}) + "\n" for text in "ab"))
+    rows = list(library.read_corpus(str(tmp_path / "rows.jsonl"), "text", 0.001))
+    assert [row["text"] for row in rows] == ["a" * 2000]
+
+
+def test_the_stamp_of_the_data_tells_where_a_set_ends(library, tokenizer):
+    stamps = {library.data_stamp(library.make_settings(), tokenizer, {"test": texts[:n], "train": texts[n:]})
+              for texts in (["a", "b", "c"], ["a", "c", "b"]) for n in (1, 2)}
+    assert len(stamps) == 4
 
 
 def test_own_files_are_found_once_and_named_by_their_text(library, tmp_path):

@@ -1,6 +1,7 @@
 """The notebook's definitions against independent references, and properties that must hold for any input."""
 import ast
 import contextlib
+import gzip
 import math
 import re
 
@@ -97,7 +98,11 @@ def test_own_files_of_every_kind(library, tmp_path):
     (folder / "a.txt").write_text("Hello.\n\nWörld.", encoding="utf-8-sig")
     (folder / "b.jsonl").write_text('{"text": "from json"}\n')
     library.datasets.Dataset.from_dict({"text": ["from parquet"]}).to_parquet(str(folder / "c.parquet"))
-    assert texts(str(folder)) == ["Hello.\n\nWörld.", "from json", "from parquet"]
+    for name, opened in (("d.py", open), ("e.py.gz", gzip.open)):
+        with opened(folder / name, "wt") as file:
+            file.write(f"def {name[0]}():\n    return 1\n")
+    assert texts(str(folder)) == ["Hello.\n\nWörld.", "from json", "from parquet", "def d():\n    return 1",
+                                  "def e():\n    return 1"]
     (folder / "a.txt").write_text("Changed: the cache must notice.")
     assert texts(f"{folder}/*.txt") == ["Changed: the cache must notice."]
 
