@@ -148,7 +148,7 @@ def test_the_pretrained_model_opens_and_scores_what_it_says(library, copy):
 
 @pytest.mark.long
 def test_training_can_go_on_from_the_pretrained_model(copy):
-    text = run_with(copy, 'preset = "pretrained"\nchanges = dict(pretrained=False, start_from="pretrained", max_steps=3, '
+    text = run_with(copy, 'preset = "pretrained"\nchanges = dict(pretrained=False, start_from="pretrained", max_steps=3, context_length=128, '
                     'corpus_megabytes=0.8, held_out_fraction=0.12, evaluations=1, warmup_steps=0, sample_tokens=16)',
                     "What the run went through", ["print('FIRST LOSS', history['loss'][0], len(history['loss']))"])
     loss, steps = re.search(r"FIRST LOSS ([\d.]+) (\d+)", text).groups()

@@ -99,7 +99,7 @@ def test_every_figure_has_its_message(notebook):
         if any("image/png" in output.get("data", {}) for output in cell.get("outputs", [])):
             figures += 1
             source = "".join(cell["source"])
-            titled = re.search(r"set_title\(|suptitle\(|draw_tokens\(|plot_losses\(|plot_sweep\(", source)
+            titled = re.search(r"set_title\(|, title=|suptitle\(|draw_tokens\(|plot_losses\(|plot_sweep\(", source)
             followed = any(c["cell_type"] == "markdown" for c in cells[i + 1:i + 3])
             assert titled or followed, source[:200]
     assert figures >= 15

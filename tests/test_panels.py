@@ -121,7 +121,7 @@ def tweak(library, tokenizer):
     lab = dict(tokens=tokens, tokenizer=tokenizer, device=torch.device("cpu"), precision=torch.float32)
     score = lambda model: library.evaluate(model, tokens[:500], 800)["bits_per_byte"]
     trials = library.sweep(library.varied(settings, {}), [1], {"lab_seconds": 0.3}, score, **lab)
-    return library.TweakPanel(settings, trials, score, lab, seconds=0.3)
+    return library.TweakPanel(settings, trials, score, lab)
 
 
 def test_the_tweak_panel_trains_in_the_background(tweak):
