@@ -3,6 +3,7 @@ import json
 import os
 import pathlib
 import re
+import shutil
 import subprocess
 import sys
 import types
@@ -15,6 +16,12 @@ import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 NOTEBOOK = ROOT / "gpt_from_scratch.ipynb"
+
+
+def committed(name):
+    """The file as git has it, so that a reader's own edits don't fail a test; from the disk where there is no git."""
+    found = shutil.which("git") and subprocess.run(["git", "show", f"HEAD:{name}"], cwd=ROOT, capture_output=True)
+    return found.stdout.decode() if found and found.returncode == 0 else (ROOT / name).read_text(encoding="utf-8")
 
 
 def cells_with_tag(tag):

@@ -25,11 +25,11 @@ def tokenizer(library):
 class Run:
     """A small run before its first step. before_step(run) is called whenever a step is under way."""
 
-    def __init__(self, library, seed=1337, before_step=None, **changes):
-        self.library, self.settings = library, library.make_settings("smoke", **{**SMALL, **changes})
+    def __init__(self, library, seed=1337, before_step=None, precision=torch.float32, **changes):
+        self.library, self.precision, self.settings = library, precision, library.make_settings("smoke", **{**SMALL, **changes})
         torch.manual_seed(seed)
         self.model = library.GPT(library.make_config(self.settings, 300))
-        self.optimizers = library.make_optimizers(self.model, self.settings)
+        self.optimizers = library.make_optimizers(self.model, self.settings, precision)
         self.generator, self.history = torch.Generator().manual_seed(seed), library.new_history()
         if before_step:
             self.model.register_forward_pre_hook(lambda *_: before_step(self))
@@ -45,7 +45,7 @@ class Run:
 
     def train(self, path, **options):
         self.library.train_safely(path, self.model, self.optimizers, TOKENS, self.settings, self.history, self.generator,
-                                  torch.float32, None, MERGES, "stamp", show=False, **options)
+                                  self.precision, None, MERGES, "stamp", show=False, **options)
         return self
 
     def state(self):
@@ -100,21 +100,24 @@ def start(*function_and_arguments):
                             cwd=pathlib.Path(__file__).parent, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
 
-def train_slowly(path):
-    step = lambda run: print("after step", len(run.history["loss"]), flush=True) or time.sleep(0.03)
+def train_slowly(path, hang_after=math.inf):
+    def step(run):
+        print("after step", len(run.history["loss"]), flush=True)
+        if len(run.history["loss"]) == int(hang_after):
+            time.sleep(600)                                 # until it is killed
     Run(load_library(), before_step=step).pick_up(path).train(path, save_every=0)
 
 
 @pytest.mark.long
 @posix
 def test_killed_and_resumed_in_a_new_process_is_the_same_to_the_bit(library, tmp_path):
-    path, process = tmp_path / "run.pt", start("train_slowly", tmp_path / "run.pt")
+    path, process = tmp_path / "run.pt", start("train_slowly", tmp_path / "run.pt", 7)
     for line in process.stdout:
         if line == "after step 7\n":
             process.kill()
     assert process.wait() == -signal.SIGKILL
     printed = start("train_slowly", path).communicate(timeout=300)[0]
-    assert re.match(r"picked up the checkpoint .* at step [78]\n", printed), printed
+    assert re.match(r"picked up the checkpoint .* at step 7\n", printed), printed
     whole = Run(library).train(tmp_path / "whole.pt")
     assert len(whole.history["loss"]) == 12 and same(Run(library, seed=5).pick_up(path).state(), whole.state())
 
@@ -150,20 +153,21 @@ def test_a_valid_checkpoint_after_every_kill(tmp_path, kills):
 
 @posix
 @pytest.mark.parametrize("optimizer, step, by_signal", [("muon", 1, True), ("muon", 7, False), ("adamw", 4, True)])
-def test_the_stop_button_ends_after_a_whole_step_and_nothing_is_lost(library, tmp_path, optimizer, step, by_signal):
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16], ids=str)
+def test_the_stop_button_ends_after_a_whole_step_and_nothing_is_lost(library, tmp_path, optimizer, step, by_signal, precision):
     path, button, usual = tmp_path / "run.pt", threading.Event(), signal.getsignal(signal.SIGINT)
 
     def press(run):                                         # in the middle of a step
         if len(run.history["loss"]) == step - 1:
             os.kill(os.getpid(), signal.SIGINT) if by_signal else button.set()
-    whole = Run(library, optimizer=optimizer).train(tmp_path / "whole.pt")
-    run = Run(library, before_step=press, optimizer=optimizer)
+    whole = Run(library, optimizer=optimizer, precision=precision).train(tmp_path / "whole.pt")
+    run = Run(library, before_step=press, optimizer=optimizer, precision=precision)
     with refused(f"^stopped after step {step}; run the cell again to go on$", KeyboardInterrupt):
         run.train(path, stop=None if by_signal else button)
     assert len(run.history["loss"]) == step and signal.getsignal(signal.SIGINT) is usual
     shutil.copy(path, tmp_path / "copy.pt")
     assert same(run.train(path).state(), whole.state())     # the cell run again
-    anew = Run(library, seed=5, optimizer=optimizer).pick_up(tmp_path / "copy.pt")
+    anew = Run(library, seed=5, optimizer=optimizer, precision=precision).pick_up(tmp_path / "copy.pt")
     assert len(anew.history["loss"]) == step and same(anew.train(tmp_path / "copy.pt").state(), whole.state())  # another kernel
 
 
@@ -200,7 +204,7 @@ def test_the_stop_button_of_a_kernel(library, tmp_path):
         manager.shutdown_kernel(now=True)
 
 
-@posix
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs Linux's /dev/full")
 def test_a_full_disk_is_said_and_the_run_goes_on(library, tokenizer, tmp_path, capsys):
     run, path = Run(library), tmp_path / "run.pt"
     run.save(path)
@@ -423,6 +427,7 @@ def test_gradients_that_a_broken_step_left_do_not_count(library, tmp_path):
 
 def hashes_with(old="", new=""):
     """The fingerprints of the decisive definitions, whose sources inspect can find, with a change."""
+    assert not old or sum(source.count(old) for source in define_cells()) == 1, old
     module = types.ModuleType("inspected")
     for i, source in enumerate(define_cells()):
         name, source = f"<cell {i}>", source.replace(old, new) if old else source
@@ -435,6 +440,7 @@ def test_the_checkpoints_name_follows_the_code_but_not_its_comments(library):
     before, settings = hashes_with(), library.make_settings("smoke")
     assert set(before) == set(library.DECISIVE) and len(set(before.values())) == len(before) and library.definition_hashes() == {}
     for old, new, names in (("torch.relu(x).square()", "torch.relu(x)", {"relu_squared"}), ("x = x + self.attention(", "x = self.attention(", {"Block"}),
+                            ('p.mul_(1 - lr * group["weight_decay"])', "pass", {"AdamW"}),
                             ("# (B, T + 1)", "# another comment", set()), ('"""max(x, 0)²."""', '"""Another docstring."""', set())):
         after = hashes_with(old, new)
         assert {name for name in before if before[name] != after[name]} == names
@@ -454,9 +460,10 @@ def test_what_differs_from_before_is_said(library, tmp_path, capsys):
     run.settings = dataclasses.replace(run.settings, max_steps=15)
     assert len(run.train(tmp_path / "run.pt").history["loss"]) == 15
     assert "max_steps was 12 until step 12, now it is 15" in capsys.readouterr().out
-    library.note_conditions(run.history, 15, torch.bfloat16, torch.device("cuda"))
+    library.set_dropout(run.model, 0.3)
+    library.note_conditions(run.history, 15, torch.bfloat16, run.model)
     assert capsys.readouterr().out == ("precision was float32 until step 15, now it is bfloat16\n"
-                                       "device was cpu until step 15, now it is cuda\n")
+                                       "dropout was 0.1 until step 15, now it is 0.3\n")
 
 
 def test_a_changed_setting_names_the_section_to_run_again(library):
@@ -499,12 +506,28 @@ def test_a_second_notebook_is_told_before_its_first_step(library, tmp_path):
     assert late.history["loss"] == [] and len(late.pick_up(path).train(path).history["loss"]) == 12
 
 
+def test_a_run_can_be_made_anew(library, tmp_path):
+    path = tmp_path / "run.pt"
+    Run(library).train(path)
+    anew = Run(library, reuse_checkpoint=False, max_steps=5).pick_up(path)
+    assert anew.history["loss"] == [] and len(anew.train(path).history["loss"]) == 5
+    assert len(library.read_checkpoint(path)["history"]["loss"]) == 5
+
+
+def test_a_device_that_is_not_there(library, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    assert library.choose_device(library.make_settings("smoke", device="auto")) == torch.device("cpu")
+    with refused("^device is 'cuda', but it must be one of: cpu$"):
+        library.choose_device(library.make_settings("smoke", device="cuda"))
+
+
 BAD = {"make_settings": [
     dict(n_embd=100), dict(n_embd=6, n_head=2), dict(vocab_size=100), dict(vocab_size=512.0), dict(corpus="no file"),
     dict(corpus=""), dict(corpus=r"C:\Users\me\texts"), dict(corpus="python "), dict(corpus=3), dict(position="rotari"),
     dict(position=None), dict(dropout=1.0), dict(dropout="0.1"), dict(learning_rate=math.nan), dict(learning_rate=0),
     dict(max_steps="100"), dict(max_steps=True), dict(qk_norm=1), dict(n_layer=0), dict(evaluations=0), dict(device="gpu"),
-    dict(held_out_fraction=0.5), dict(preset="huge"), dict(no_such_setting=1)], "GPTConfig": [
+    dict(held_out_fraction=0.5), dict(no_such_setting=1)], "GPTConfig": [
     dict(n_embd=100), dict(n_layer=-1), dict(norm="batchnorm"), dict(activation=3), dict(vocab_size=0), dict(bias="yes"),
     dict(context_length=1), dict(dropout=math.inf), dict(n_embd=12, n_head=4, position="rotary")]}
 
@@ -513,6 +536,11 @@ BAD = {"make_settings": [
 def test_bad_settings_and_architectures(library, maker, changes):
     with refused(rf"^{next(iter(changes))}\b.* is "):
         getattr(library, maker)(**changes)
+
+
+def test_an_unknown_preset(library):
+    with refused("^preset is 'huge', but it must be one of: smoke"):
+        library.make_settings("huge")
 
 
 def documents_of(library, name):

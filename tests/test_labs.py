@@ -5,7 +5,7 @@ import pytest
 import torch
 
 import referees
-from conftest import NOTEBOOK, ROOT, cells_of_sections, outputs_text, run_with
+from conftest import ROOT, cells_of_sections, code_cells, committed, outputs_text, run_with
 
 RECORDS = json.loads((ROOT / "checkpoints" / "recorded.json").read_text(encoding="utf-8"))
 POINTS = {"parts": "part_points(settings)", "positions": "position_points(settings)",
@@ -15,6 +15,7 @@ POINTS = {"parts": "part_points(settings)", "positions": "position_points(settin
 @pytest.mark.parametrize("lab", POINTS)
 def test_records_fit_the_points_of_the_labs(library, lab):
     settings, record = library.make_settings("laptop"), RECORDS[lab]
+    assert any(POINTS[lab] in "".join(cell["source"]) for _, cell in code_cells()), "the lab has other points"
     points = eval(POINTS[lab].replace("tokenizer.n_vocab", "2048"), vars(library) | dict(settings=settings))
     assert list(record["rows"]) == list(points) and len(record["seeds"]) >= 3
     assert library.Settings(**record["settings"]).preset == "laptop"
@@ -23,6 +24,12 @@ def test_records_fit_the_points_of_the_labs(library, lab):
         assert row["parameters"] == library.matrix_parameters(config)
         assert all(len(scores) >= 3 for scores in row["scores"].values())
         assert {step for steps in row["steps"].values() for step in steps} == {points[name].max_steps}
+
+
+def test_the_record_of_the_gap_is_of_the_default_steps(library):
+    steps = library.make_settings("laptop").max_steps
+    assert {name: row["steps"]["each to its end"] for name, row in RECORDS["gap"]["rows"].items()} == {
+        "as set": [steps], "dropout=0.1": [steps], f"max_steps={steps // 2}": [steps // 2]}
 
 
 @pytest.mark.long
@@ -112,7 +119,7 @@ def test_a_check_of_the_gallery_catches_its_failure_and_passes_the_healthy_twin(
 
 
 def test_the_committed_gallery_shows_and_catches_all(library):
-    text = outputs_text(json.loads(NOTEBOOK.read_text(encoding="utf-8")))
+    text = outputs_text(json.loads(committed("gpt_from_scratch.ipynb")))
     for name in library.failures():
         broken, healthy, caught = re.search(
             rf"{re.escape(name)}: .*; validation ([\d.]+), healthy ([\d.]+)\.\n +caught by: (.*)", text).groups()
@@ -143,7 +150,13 @@ def test_the_pretrained_model_opens_and_scores_what_it_says(library, copy):
     score = float(re.search(r"^GPT +([\d.]+) bits per byte", text, re.M).group(1))
     valid = float(re.search(r"^GPT, min-p 0.1 .*?%.*? +([\d.]+)% ", text, re.M).group(1)) / 100
     assert abs(score - said["bits_per_byte"]) < 0.04 and abs(valid - said["valid, min-p 0.1"]) < 0.08
-    assert f"{said['bits_per_byte']:.3f} bits per byte" in (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_readme_gives_the_scores_of_the_pretrained_model():
+    scores = json.loads((ROOT / "checkpoints" / "pretrained.json").read_text(encoding="utf-8"))["scores"]
+    said = re.search(r"On the held-out files of the standard library it scores (.*?)\. ", committed("README.md")).group(1)
+    assert re.findall(r"[\d.]+%|0\.\d{3}", said) == [
+        f"{scores['bits_per_byte']:.3f}", f"{scores['test_bits_per_byte']:.3f}", f"{scores['valid']:.1%}", f"{scores['valid, min-p 0.1']:.1%}"]
 
 
 @pytest.mark.long

@@ -31,7 +31,7 @@ MISTAKES = {  # section: (text of a cell, what takes its place), …
         ("if p.ndim < 2], weight_decay=0)]\n    adamw", "if p.ndim < 2], weight_decay=0.5)]\n    adamw")],
     10: [("max(seen.get(token, 0) - self.discount, 0)", "seen.get(token, 0)"), ("p *= self.discount * len(seen)\n            p = (", "p = ("),
          ("sizes[chosen].sum(1), [2.5", "sizes.sum(), [2.5"), (".sum(1) / math.log(2) / sizes", ".sum(1) / sizes")]}
-UNNOTICED = 3                                                   # so many may go unnoticed
+UNNOTICED = {(10, "sizes[chosen].sum(1), [2.5")}           # an interval that is nearly the same
 
 
 @pytest.fixture(scope="module")
@@ -88,4 +88,4 @@ def test_the_cells_pass_without_a_mistake(space):
 @pytest.mark.long
 def test_mistakes_are_noticed_in_their_section(space):
     unnoticed = [(section, old) for section in MISTAKES for old, new in MISTAKES[section] if what_notices(space, section, old, new) is None]
-    assert sum(map(len, MISTAKES.values())) >= 30 and len(unnoticed) <= UNNOTICED, unnoticed
+    assert sum(map(len, MISTAKES.values())) >= 30 and set(unnoticed) == UNNOTICED, unnoticed

@@ -153,7 +153,7 @@ def test_the_tweak_panel_trains_in_the_background(tweak):
 
 
 def test_a_lab_that_replaces_a_definition_does_not_reach_a_panel_that_trains(library, tweak):
-    tweak.fields["lab_seconds"].value = "2"
+    tweak.fields["lab_seconds"].value = "5"
     tweak.train_button.click()
     while "step" not in tweak.message.value and tweak.thread.is_alive():
         time.sleep(0.01)
