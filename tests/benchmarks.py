@@ -564,7 +564,7 @@ def main():
     add("--seeds", type=int, default=3, help="how often each is measured (default 3)")
     add("--nanogpt", type=os.path.abspath, help="path of a checkout of nanoGPT")
     add("--shakespeare", type=os.path.abspath, help="path of Tiny Shakespeare as a text file")
-    add("--seconds", type=float, default=118.0, help="time of row 1 without nanoGPT (default 118)")
+    add("--seconds", type=float, default=75.0, help="time of row 1 without nanoGPT (default 75)")
     add("--baseline-seconds", type=float, default=60.0, help="of each run (default 60)")
     add("--minutes", type=float, nargs="+", default=[10.0], help="times of row 3 (default 10)")
     add("--steps", type=int, nargs="+", help="as many steps for each of them, whatever they take")
