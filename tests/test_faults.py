@@ -103,7 +103,7 @@ def start(*function_and_arguments):
 def train_slowly(path, hang_after=math.inf):
     def step(run):
         print("after step", len(run.history["loss"]), flush=True)
-        if len(run.history["loss"]) == int(hang_after):
+        if len(run.history["loss"]) == float(hang_after):
             time.sleep(600)                                 # until it is killed
     Run(load_library(), before_step=step).pick_up(path).train(path, save_every=0)
 
