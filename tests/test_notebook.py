@@ -97,7 +97,10 @@ def test_every_figure_has_its_message(notebook):
             titled = re.search(r"title=|title\(|draw_(tokens|flow|attention)\(|plot_(losses|sweep)\(", source)
             followed = next((c for c in cells[i + 1:i + 3] if c["cell_type"] == "markdown"), {"source": "#"})["source"]
             assert titled or not "".join(followed).startswith(("#", "*Exercise")), source[:200]
-    assert figures >= 15
+        for output in cell.get("outputs", []):
+            words = "".join(output.get("data", {}).get("text/plain", []))
+            assert "image/png" in output.get("data", {}) or not words.startswith("<Figure"), "a figure is shown as a line of text"
+    assert figures >= 25
 
 
 def test_readme_figures_stand_in_the_outputs(notebook):
