@@ -29,13 +29,20 @@ def probabilities(panel):
     return [(float(p), bool(cut)) for p, cut in re.findall(r"<td> *([\d.]+)%( cut)?", panel.bars.value)]
 
 
-def test_rows_are_the_filtered_distribution(library, model, tokenizer):
+def test_rows_are_the_filtered_distribution(library, model):
     logits = model(torch.tensor([[1, 2, 3]]))[0][0, -1].detach()
-    rows = library.next_token_rows(logits, tokenizer, count=300, temperature=0.7, top_k=5)
-    wanted = torch.softmax(logits / 0.7, -1).sort(descending=True)[0][:len(rows)]
-    assert torch.allclose(torch.tensor([before for _, before, _ in rows]), wanted, atol=1e-6)
+    rows = library.next_token_rows(logits, count=300, temperature=0.7, top_k=5)
+    wanted, tokens = torch.softmax(logits / 0.7, -1).sort(descending=True)
+    assert [token for token, _, _ in rows] == tokens[:len(rows)].tolist()
+    assert torch.allclose(torch.tensor([before for _, before, _ in rows]), wanted[:len(rows)], atol=1e-6)
     assert sum(after > 0 for _, _, after in rows) == 5 and abs(sum(after for _, _, after in rows) - 1) < 1e-5
-    assert [after for _, _, after in library.next_token_rows(logits, tokenizer, temperature=0)] == [1.0] + [0.0] * 11
+    assert [after for _, _, after in library.next_token_rows(logits, temperature=0)] == [1.0] + [0.0] * 11
+
+
+def test_one_row_is_marked_as_chosen_though_many_bytes_look_alike(library, tokenizer):
+    rows = [(token, 0.01, 0.01) for token in range(0x80, 0xc0)]
+    assert {tokenizer.decode([token]) for token, _, _ in rows} == {"\ufffd"}
+    assert library.bars_html(rows, tokenizer, chosen=0x90).count("chosen") == 1
 
 
 def test_an_invalid_byte_is_shown_and_the_text_goes_on(library, panel, tokenizer):
