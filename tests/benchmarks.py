@@ -384,7 +384,7 @@ def laptop_fraction(precision):
     seconds = library.timing_run(settings, config, tokens, CPU, precision, steps=30)
     rate = max(before[precision], library.matmul_rate(precision, CPU))
     count = settings.batch_size * settings.accumulation_steps * settings.context_length
-    flops = library.flops_per_token(config, settings.context_length) * count     # as section 9 counts
+    flops = library.flops_per_token(config) * count      # as section 9 counts
     return {"fraction": flops / seconds / 1e9 / rate, "rate": rate, "seconds": seconds,
             "precision": str(precision)[6:]}
 

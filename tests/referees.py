@@ -92,7 +92,7 @@ def gpt_is_the_one_by_hand(lib):  # with today's parts; test_gpt2.py compares GP
 def earlier_logits_never_change(lib):  # neither with later tokens, nor where the text comes in pieces, to the cache
     for position in ("none", "sinusoidal", "learned", "rotary"):
         model, tokens = scrambled(lib, config := small_config(lib, position=position)), torch.randint(50, (2, 16))
-        expected, cache = model(tokens)[0], lib.KeyValueCache(config, 2, dtype=torch.float64)
+        expected, cache = model(tokens)[0], lib.new_cache(config, 2, dtype=torch.float64)
         changed = torch.cat([tokens[:, :9], (tokens[:, 9:] + 1) % 50], 1)
         assert torch.equal(expected[:, :9], model(changed)[0][:, :9])
         pieces = [model(part, cache=cache)[0] for part in tokens.split([3, 4, *[1] * 9], 1)]

@@ -7,7 +7,7 @@ import torch
 from conftest import code_cells
 
 MISTAKES = {  # section: (text of a cell, what takes its place), …
-    3: [("counts[joined, word[i + 2]] += weight", "counts[joined, word[i + 2]] += 1"), ("min(known, key=lambda pair: ids[pair[0] + pair[1]])", "known[0]"),
+    3: [("counts[neighbours] += frequency[index]", "counts[neighbours] += 1"), ("min(known, key=lambda pair: ids[pair[0] + pair[1]])", "known[0]"),
         ("single_bytes + [first + second", "[first + second")],
     4: [("return windows[:, :-1], windows[:, 1:]", "return windows[:, 1:], windows[:, :-1]"), ("np.flatnonzero(side == name)", "np.flatnonzero(side != name)"),
         ("torch.randint(len(tokens) - context_length, (", "torch.randint(len(tokens) - context_length - 1, ("),
@@ -18,7 +18,7 @@ MISTAKES = {  # section: (text of a cell, what takes its place), …
         ("powers / powers.sum(dim", "powers / powers.sum(0"), ("losses = -log_probabilities", "losses = log_probabilities"), ("losses.mean() if", "losses.sum() if")],
     6: [("scores = q / math.sqrt(q.shape[-1]) @", "scores = q @"), ("masked_fill_(~mask", "masked_fill_(mask"),
         ("torch.cat([head(x) for head in self.heads], -1)", "torch.cat([head(x) for head in self.heads[::-1]], -1)"),
-        ("T, 3, self.n_head, -1).permute(2, 0, 3, 1, 4)", "T, self.n_head, 3, -1).permute(3, 0, 2, 1, 4)"),
+        ("T, 3, self.n_head, C // self.n_head)\n        qkv = qkv.permute(2, 0, 3, 1, 4)", "T, self.n_head, 3, C // self.n_head)\n        qkv = qkv.permute(3, 0, 2, 1, 4)"),
         ("dtype=torch.bool, device=x.device).tril()", "dtype=torch.bool, device=x.device).triu()")],
     7: [("angles.sin(), angles.cos()]", "angles.cos(), angles.sin()]"), ("first * sin + second * cos]", "first * sin - second * cos]"),
         ("device=positions.device) / head_dim)", "device=positions.device) / 2 / head_dim)")],

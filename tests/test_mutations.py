@@ -7,7 +7,7 @@ from conftest import load_library
 MUTATIONS = {  # check: (text in the define cells, what takes its place), …
     "merges_follow_the_rule": [
         ("-byte for byte", "byte for byte"), ("byte in token), 1", "byte in token), -300"),
-        ("counts[second, word[i + 2]] -= weight", "pass"), ("counts[merged[-1], joined] += weight", "pass"), ("if -count != counts[pair]:", "if False:"),
+        ("counts[neighbours] -= frequency[index]", "pass"), ("if joined in neighbours:", "if False:"), ("if -count != counts[pair]:", "if False:"),
         ("(counts[pair], pair))", "counts[pair])"), ("merge_pair(tokens, min(known", "merge_pair(tokens, max(known")],
     "targets_are_shifted": [("return windows[:, :-1], windows[:, 1:]", "return windows[:, :-1], windows[:, :-1]")],
     "parts_are_pytorchs": [
