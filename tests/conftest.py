@@ -1,19 +1,23 @@
 """Loads the notebook's own `define` cells as a library: no test holds a copy of its code."""
 import json
+import linecache
 import os
 import pathlib
 import re
 import shutil
 import subprocess
 import sys
+import tempfile
 import types
 
 os.environ.setdefault("MPLBACKEND", "agg")
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")      # two tests run at a time: their threads must not wait for each other
 
+import hypothesis
 import pytest
 
+hypothesis.settings.load_profile("ci")      # before a test file is read: no time limit for an example, the same examples every time
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 NOTEBOOK = ROOT / "gpt_from_scratch.ipynb"
 
@@ -26,8 +30,7 @@ def committed(name):
 
 def cells_with_tag(tag):
     """The sources of the notebook's cells with this tag."""
-    cells = json.loads(NOTEBOOK.read_text(encoding="utf-8"))["cells"]
-    return ["".join(cell["source"]) for cell in cells if tag in cell["metadata"].get("tags", [])]
+    return ["".join(cell["source"]) for _, cell in code_cells() if tag in cell["metadata"].get("tags", [])]
 
 
 def code_cells():
@@ -47,19 +50,17 @@ def cells_of_sections(first, last, without=("check", "exercise")):
     return [(source, tags) for source, tags in cells if not set(without) & set(tags)]
 
 
-def define_cells():
-    return cells_with_tag("define")
-
-
 def load_library(replace=()):
     """The define cells, run in order in an empty namespace; each (old, new) of `replace` must occur exactly once."""
-    sources = define_cells()
+    sources = cells_with_tag("define")
     for old, new in replace:
         assert sum(source.count(old) for source in sources) == 1, f"{old!r} must stand exactly once in the define cells"
         sources = [source.replace(old, new) for source in sources]
     module = types.ModuleType("notebook_library")
-    for source in sources:
-        exec(compile(source, "define cell", "exec"), module.__dict__)
+    for i, source in enumerate(sources):
+        name = f"<define cell {i}>"
+        linecache.cache[name] = len(source), None, source.splitlines(True), name      # so that inspect finds it
+        exec(compile(source, name, "exec"), module.__dict__)
     return module
 
 
@@ -69,26 +70,18 @@ def outputs_text(notebook):
     return "\n".join("".join(shown(output) for output in cell.get("outputs", [])) for cell in notebook["cells"])
 
 
-def start_notebook(folder, name=NOTEBOOK.name, output="run.ipynb", **environment):
-    """A process that executes a notebook in a folder, with the smoke preset unless told otherwise, offline."""
+def execute_notebook(folder, python=sys.executable, **environment):
+    """What the notebook in a folder prints, executed with the smoke preset unless told otherwise, offline."""
     values = {**os.environ, "GPT_PRESET": "smoke", "HF_HUB_OFFLINE": "1", "PYTHONUTF8": "1", **environment}    # (jupyter execute reads by the system's encoding)
-    values["PATH"] = os.path.dirname(sys.executable) + os.pathsep + values["PATH"]      # so that jupyter is this Python's
+    values["PATH"] = os.path.dirname(python) + os.pathsep + values["PATH"]      # so that jupyter is this Python's
     if "TIKTOKEN_CACHE_DIR" not in environment:
         values.pop("TIKTOKEN_CACHE_DIR", None)
-    with open(folder / "printed.txt", "w") as printed:      # a pipe would stay open as long as any grandchild holds it
-        return subprocess.Popen([sys.executable, "-m", "jupyter", "execute", name, "--output", output], cwd=folder, env=values,
-                                stdout=printed, stderr=subprocess.STDOUT, text=True)
-
-
-def finish_notebook(process, folder, output="run.ipynb"):
-    """Waits for start_notebook's process; returns the text of the outputs."""
-    assert process.wait(timeout=900) == 0, (folder / "printed.txt").read_text(encoding="utf-8", errors="replace")[-3000:]
-    (folder / "printed.txt").unlink()
-    return outputs_text(json.loads((folder / output).read_text(encoding="utf-8")))
-
-
-def execute_notebook(folder, *arguments, **options):
-    return finish_notebook(start_notebook(folder, *arguments, **options), folder)
+    with tempfile.TemporaryFile() as printed:      # a pipe would stay open as long as any grandchild holds it
+        done = subprocess.run([python, "-m", "jupyter", "execute", NOTEBOOK.name, "--output", "run.ipynb"], cwd=folder, env=values,
+                              stdout=printed, stderr=subprocess.STDOUT, timeout=900)
+        printed.seek(0)
+        assert done.returncode == 0, printed.read().decode("utf-8", "replace")[-3000:]
+    return outputs_text(json.loads((folder / "run.ipynb").read_text(encoding="utf-8")))
 
 
 def run_with(folder, settings_cell, before=None, more=(), **environment):
@@ -119,7 +112,6 @@ def library():
 
 
 def pytest_configure(config):
-    config.addinivalue_line("markers", "faults: kills, full disks, damaged files, interrupts, bad input")
     config.addinivalue_line("markers", "slow: minutes; run with -m slow")
     config.addinivalue_line("markers", "long: runs much of the notebook; begun first, so that none is left alone at the end")
 

@@ -30,11 +30,6 @@ def merges_follow_the_rule(lib):
         assert lib.build_tokenizer(merges).encode_ordinary(word) == lib.encode_by_hand(word, merges)
 
 
-def targets_are_shifted(lib):
-    inputs, targets = lib.get_batch(torch.arange(100), 8, 10)
-    assert torch.equal(targets, inputs + 1)
-
-
 def parts_are_pytorchs(lib):
     for scale in (1e-3, 3):                                                     # the small numbers show where ε stands
         x = scale * (torch.randn(4, 16, dtype=torch.float64) + 0.3)
@@ -147,6 +142,6 @@ def losses_are_those_of_their_windows(lib):  # each token is scored in the first
         assert math.isclose(scores["bits_per_byte"], sum(expected) * math.log2(math.e) / 77, rel_tol=1e-5)
 
 
-REFERENCES = [merges_follow_the_rule, targets_are_shifted, parts_are_pytorchs, cross_entropy_is_pytorchs,
+REFERENCES = [merges_follow_the_rule, parts_are_pytorchs, cross_entropy_is_pytorchs,
               positions_are_those_on_paper, gpt_is_the_one_by_hand, earlier_logits_never_change, steps_are_pytorchs,
               filters_keep_the_right_tokens, losses_are_those_of_their_windows]

@@ -11,7 +11,7 @@ import urllib.request
 import nbformat
 import pytest
 
-from conftest import NOTEBOOK, ROOT, committed, define_cells
+from conftest import NOTEBOOK, ROOT, cells_with_tag, committed
 
 CHROMIUM = shutil.which("chromium")
 pytestmark = [pytest.mark.skipif(not CHROMIUM, reason="needs Debian's package chromium"), pytest.mark.long, pytest.mark.xdist_group("browser")]
@@ -19,7 +19,6 @@ FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "-
 SETTINGS = {  # all cells stay in the page, also those that are scrolled away
     "@jupyterlab/notebook-extension/tracker": {"windowingMode": "none"},
     "@jupyterlab/apputils-extension/notification": {"fetchNews": "false", "checkForUpdates": False},
-    "@jupyterlab/apputils-extension/themes": {"theme": os.environ.get("TEST_THEME", "JupyterLab Light")},
 }
 
 
@@ -56,7 +55,7 @@ with torch.no_grad():
     model.token_embedding.weight.normal_(std=0.3)
 small_panel = GenerationPanel(model, build_tokenizer([]), "def")
 show_panel(small_panel.box, "")"""
-    cells = [nbformat.v4.new_code_cell("\n".join(define_cells()), metadata={"jupyter": {"source_hidden": True}}), nbformat.v4.new_code_cell(small)]
+    cells = [nbformat.v4.new_code_cell("\n".join(cells_with_tag("define")), metadata={"jupyter": {"source_hidden": True}}), nbformat.v4.new_code_cell(small)]
     nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=json.loads(NOTEBOOK.read_text(encoding="utf-8"))["metadata"]), folder / "panel.ipynb")
     with socket.socket() as door:
         door.bind(("127.0.0.1", 0))
@@ -89,7 +88,7 @@ show_panel(small_panel.box, "")"""
 
 
 @pytest.fixture(scope="module")
-def page(browser, lab, tmp_path_factory):
+def page(browser, lab):
     """The notebook in JupyterLab, run to its end with the smoke preset."""
     page = browser.new_page(viewport={"width": 1400, "height": 1000})
     page.goto(f"{lab}/lab/tree/{NOTEBOOK.name}")
@@ -130,12 +129,6 @@ def output_of(page, source):
     return cell.locator(".jp-OutputArea")
 
 
-def shot(page, name):
-    """Keeps a screenshot where TEST_SHOTS names a folder, to look at by eye."""
-    if folder := os.environ.get("TEST_SHOTS"):
-        page.screenshot(path=f"{folder}/{name}.png")
-
-
 def test_the_bars_move_with_a_slider(page):
     panel = output_of(page, "generation_panel = GenerationPanel")
     bars = panel.locator(".gpt-bars")
@@ -143,7 +136,6 @@ def test_the_bars_move_with_a_slider(page):
     before = bars.inner_text()
     handle = panel.locator(".noUi-handle").first
     assert until(page, lambda: panel.locator(".gpt-bars").inner_text() != before, lambda: press(page, handle, "ArrowLeft"))
-    shot(page, "panel")
 
 
 def test_a_text_streams_in_while_the_sliders_answer(page):
@@ -166,7 +158,6 @@ def test_a_text_streams_in_while_the_sliders_answer(page):
     tokens.nth(3).wait_for(timeout=20_000)
     tokens.nth(3).click()
     panel.get_by_text("◄ chosen").first.wait_for(timeout=20_000)
-    shot(page, "streamed")
 
 
 def test_a_head_can_be_selected(page):
@@ -176,7 +167,6 @@ def test_a_head_can_be_selected(page):
     before = picture.get_attribute("src")
     panel.locator("select").first.select_option("1")
     assert until(page, lambda: panel.locator("img").first.get_attribute("src") != before)
-    shot(page, "attention")
 
 
 def test_the_tweak_panel_refuses_and_trains(page):
@@ -190,16 +180,14 @@ def test_the_tweak_panel_refuses_and_trains(page):
     panel.get_by_role("button", name="Train", exact=True).click()
     panel.get_by_text("done", exact=True).wait_for(timeout=60_000)
     assert "n_embd=32" in panel.locator("pre.gpt-text").inner_text()
-    shot(page, "tweak")
 
 
 def test_figures_are_on_the_page(page):
     """What JupyterLab draws when the reader gets there: no error, whole pictures."""
-    for source, name in (("attended = record_attention(", "heads"), ("run_pair(", "gallery")):
+    for source in ("attended = record_attention(", "run_pair("):
         picture = output_of(page, source).locator("img").first
         picture.scroll_into_view_if_needed()
         assert until(page, lambda: picture.evaluate("image => image.complete && image.naturalWidth > 200"))
-        shot(page, name)
     assert page.locator(".jp-RenderedText[data-mime-type='application/vnd.jupyter.error']").count() == 0
 
 
@@ -214,7 +202,6 @@ def test_the_panel_works_in_notebook_7(browser, lab):
     bars.wait_for(timeout=90_000)
     before = bars.inner_text()
     assert until(page, lambda: bars.inner_text() != before, lambda: page.locator(".noUi-target").first.click(position={"x": 20, "y": 2}))
-    shot(page, "notebook7")
     page.close()
 
 
@@ -234,5 +221,4 @@ def test_the_html_export_is_whole(browser, export, width):
     pictures = page.evaluate("[...document.images].map(image => [image.complete, image.naturalWidth])")
     assert len(pictures) >= 15 and all(done and pixels > 0 for done, pixels in pictures)
     assert page.evaluate("document.documentElement.scrollWidth") <= width, "the page is wider than the window"
-    shot(page, f"export-{width}")
     page.close()

@@ -7,7 +7,7 @@ import re
 
 import pytest
 
-from conftest import NOTEBOOK, cells_with_tag, code_cells, load_library
+from conftest import NOTEBOOK, cells_with_tag, code_cells
 
 FORMULA = "return parameter_formula(GPTConfig(vocab_size, context_length, n_layer, 1, n_embd"
 COSINE, MIX = "0.5 + 0.5 * math.cos(math.pi *", "torch.sign(0.9 * momentum + 0.1 * gradient)"
@@ -77,11 +77,6 @@ WRONG = {  # [(what its check must say, a wrong answer), or (…, part of the so
 }
 
 
-@pytest.fixture(scope="module")
-def space():
-    return load_library().__dict__
-
-
 def functions(tag):
     """{name: source} of the functions in the cells with this tag."""
     return {node.name.removesuffix("_solution"): ast.get_source_segment(source, node)
@@ -89,41 +84,27 @@ def functions(tag):
             if isinstance(node, ast.FunctionDef)}
 
 
-def verdict(space, name, *answer):
-    """What the check says of a stub, of the same with a body, or of the solution with an edit."""
-    own, source = dict(space), functions("exercise")[name]
-    if answer:
-        body = functions("solution")[name].split("\n", 1)[1].strip()
-        assert len(answer) == 1 or answer[0] in body
-        source = source.split('"""')[0] + (body.replace(*answer) if answer[1:] else answer[0])
-    exec(source, own)
-    said = space["check_exercise"](own[name])
-    assert "\n" not in said
-    return said
-
-
-def test_there_are_enough_exercises_in_three_levels(space):
+def test_there_are_enough_exercises_in_three_levels(library):
     cells = json.loads(NOTEBOOK.read_text(encoding="utf-8"))["cells"]
     prose = "\n".join("".join(c["source"]) for c in cells if c["cell_type"] == "markdown")
     levels = {name: stars for stars, name in re.findall(r"^- (★+) `(\w+)`", prose, re.M)}
-    assert list(levels) == list(functions("exercise")) == list(WRONG) == space["EXERCISES"]
-    assert len(levels) >= 12 and set(levels.values()) == {"★", "★★", "★★★"}
+    assert list(levels) == list(functions("exercise")) == list(WRONG) == library.EXERCISES
+    assert set(levels.values()) == {"★", "★★", "★★★"}
 
 
-@pytest.mark.parametrize("name", WRONG)
-def test_an_untouched_stub_and_code_that_breaks_are_reported(space, name):
-    assert verdict(space, name) == "not done yet"
-    assert "It stopped with NameError" in verdict(space, name, "return undefined_name")
+@pytest.mark.parametrize("name, words, answer", [
+    (n, w, a) for n in WRONG for w, *a in [*WRONG[n], ("It stopped with NameError", "return undefined_name")]])
+def test_a_typical_mistake_is_named(library, name, words, answer):
+    """What the check says of a stub with a body, or of the solution with an edit."""
+    own, body = dict(vars(library)), functions("solution")[name].split("\n", 1)[1].strip()
+    assert len(answer) == 1 or answer[0] in body
+    exec(functions("exercise")[name].split('"""')[0] + (body.replace(*answer) if answer[1:] else answer[0]), own)
+    said = library.check_exercise(own[name])
+    assert said.startswith("not right yet.") and words in said and "\n" not in said, said
 
 
-@pytest.mark.parametrize("name, words, answer", [(n, w, a) for n in WRONG for w, *a in WRONG[n]])
-def test_a_typical_mistake_is_named(space, name, words, answer):
-    said = verdict(space, name, *answer)
-    assert said.startswith("not right yet.") and words in said, said
-
-
-def test_one_cell_checks_everything_and_the_solutions_pass():
-    space, sources = vars(load_library()), ["".join(c["source"]) for _, c in code_cells()]
+def test_one_cell_checks_everything_and_the_solutions_pass(library):
+    space, sources = dict(vars(library)), ["".join(c["source"]) for _, c in code_cells()]
     cells = [s for s in sources if "check_exercise(globals()" in s and "def " not in s]
     with contextlib.redirect_stdout(io.StringIO()) as out:
         for source in [*cells_with_tag("exercise"), *cells_with_tag("solution")[:-1], *cells * 2]:

@@ -115,7 +115,6 @@ def test_a_check_of_the_gallery_catches_its_failure_and_passes_the_healthy_twin(
     lab, failure = small_lab(library), library.failures()[name]
     (good, _, fine), (bad, _, failed) = library.run_pair(failure, small_settings(library), lab["tokens"][:500], **lab)
     assert not fine and len(failed) == 1 and next(iter(failed)).startswith(check) and len(good) == len(bad) == 30
-    assert library.attention_weights.__name__ == "attention_weights" and library.Block.__name__ == "Block"
 
 
 def test_the_committed_gallery_shows_and_catches_all(library):
@@ -174,7 +173,6 @@ def test_the_pretrained_model_is_small_and_in_half_precision(library):
     assert {t.dtype for t in library.read_checkpoint(path)["model"].values()} == {torch.bfloat16}
 
 
-@pytest.mark.faults
 @pytest.mark.parametrize("name, content, words", [
     ("json", None, "pretrained.json can't be read"), ("json", "{", "pretrained.json can't be read"),
     ("json", '{"settings": {}, "merges": [["zz", "61"]]}', "pretrained.json can't be read"),

@@ -9,7 +9,6 @@ MUTATIONS = {  # check: (text in the define cells, what takes its place), …
         ("-byte for byte", "byte for byte"), ("byte in token), 1", "byte in token), -300"),
         ("counts[neighbours] -= frequency[index]", "pass"), ("if joined in neighbours:", "if False:"), ("if -count != counts[pair]:", "if False:"),
         ("(counts[pair], pair))", "counts[pair])"), ("merge_pair(tokens, min(known", "merge_pair(tokens, max(known")],
-    "targets_are_shifted": [("return windows[:, :-1], windows[:, 1:]", "return windows[:, :-1], windows[:, :-1]")],
     "parts_are_pytorchs": [
         ("scores = q / math.sqrt(q.shape[-1]) @", "scores = q @"), ("masked_fill_(~mask,", "masked_fill_(mask,"),
         ("(x - x.mean(-1, keepdim=True)", "(x"), ("keepdim=True) + eps)", "keepdim=True)) + eps"),

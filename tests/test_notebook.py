@@ -162,10 +162,7 @@ def test_the_oldest_packages_run_it(tmp_path):
     python = str(next(path for path in (tmp_path / "venv" / "bin" / "python", tmp_path / "venv" / "Scripts" / "python.exe") if path.exists()))
     subprocess.run([python, "-m", "pip", "install", "-q", "-r", str(ROOT / "tests" / "oldest.txt")], check=True)
     shutil.copy(NOTEBOOK, tmp_path)
-    path = os.path.dirname(python) + os.pathsep + os.environ["PATH"]
-    subprocess.run([python, "-m", "jupyter", "execute", NOTEBOOK.name, "--output", "run.ipynb"], cwd=tmp_path, check=True, env={
-        **os.environ, "PATH": path, "GPT_PRESET": "smoke", "HF_HUB_OFFLINE": "1", "PYTHONUTF8": "1"})
-    assert "validation: GPT " in outputs_text(json.loads((tmp_path / "run.ipynb").read_text(encoding="utf-8")))
+    assert "validation: GPT " in execute_notebook(tmp_path, python)
 
 
 @pytest.mark.long
@@ -183,18 +180,19 @@ def test_prose_of_ones_own_runs_from_top_to_bottom(tmp_path):
     assert "── greedy\nOnce upon a time" in text and "20 functions each" not in text
 
 
+TIKTOKEN = pathlib.Path(os.environ.get("TIKTOKEN_CACHE_DIR") or ROOT.parent / "shared" / "data" / "tiktoken")      # read before any test sets it
+
+
 @pytest.mark.slow
+@pytest.mark.skipif(not TIKTOKEN.is_dir(), reason="needs GPT-2's vocabulary, in a tiktoken cache that TIKTOKEN_CACHE_DIR names")
 def test_gpt2s_vocabulary_runs_up_to_the_labs(tmp_path):
     """The labs train a dozen models: with 50,257 tokens they would take ten minutes."""
-    folder = pathlib.Path(os.environ.get("TIKTOKEN_CACHE_DIR") or ROOT.parent / "shared" / "data" / "tiktoken")
-    if not folder.is_dir():
-        pytest.skip("needs GPT-2's vocabulary, in a tiktoken cache that TIKTOKEN_CACHE_DIR names")
-    assert "vocabulary: 50,257 tokens" in run_with(tmp_path, smoke_with(dict(tokenizer="gpt2", samples=5, max_steps=10)), before="## 13 ", TIKTOKEN_CACHE_DIR=str(folder))
+    assert "vocabulary: 50,257 tokens" in run_with(tmp_path, smoke_with(dict(tokenizer="gpt2", samples=5, max_steps=10)), before="## 13 ", TIKTOKEN_CACHE_DIR=str(TIKTOKEN))
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("seed", range(8))
-def test_the_checks_of_sections_1_to_9_pass_for_settings_at_random(seed, tmp_path, monkeypatch, capsys):
+def test_the_checks_of_sections_1_to_9_pass_for_settings_at_random(seed, tmp_path, monkeypatch):
     rng = random.Random(seed)
     heads, width = rng.choice([(1, 2), (1, 64), (2, 16), (3, 96), (5, 320)])
     changes = dict(corpus_megabytes=0.3, held_out_fraction=0.2, n_head=heads, n_embd=width, n_layer=rng.choice([1, 3]), vocab_size=rng.choice([320, 600]),
@@ -204,7 +202,7 @@ def test_the_checks_of_sections_1_to_9_pass_for_settings_at_random(seed, tmp_pat
                    **{name: rng.random() < 0.5 for name in ("qk_norm", "token_shift", "bias", "tie_embeddings")})
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("IPython.display.display", lambda *a, **k: None)
-    space = {"__name__": "run", "display": lambda *a, **k: None}
+    space = {"__name__": "run"}
     for source, tags in cells_of_sections(0, 9, without={"exercise"}):
         if "parameters" in tags:
             source = smoke_with(changes)
