@@ -242,14 +242,6 @@ def rows_1_and_3(options):
                      peer_half_overlap=[round(p["half_overlap"], 4) for p in peers])
     for minutes, taken in third.items():
         yield losses(3, f"{minutes:g} minutes", taken, [NANOGPT_A100])
-    if options.record and third:  # what the notebook's lab draws
-        records = json.loads(pathlib.Path(options.record).read_text(encoding="utf-8"))
-        records["shakespeare"] = {
-            "precision": taken[0]["precision"],
-            "seconds": [[round(run["seconds"], 1) for run in taken] for taken in third.values()],
-            "losses": [[round(run["side_by_side"], 4) for run in taken] for taken in third.values()]}
-        text = json.dumps(records, indent=1, ensure_ascii=False)
-        pathlib.Path(options.record).write_text(text, encoding="utf-8")
 
 
 # Row 4: the laptop preset against GPT-2's parts
@@ -568,7 +560,6 @@ def main():
     add("--baseline-seconds", type=float, default=60.0, help="of each run (default 60)")
     add("--minutes", type=float, nargs="+", default=[10.0], help="times of row 3 (default 10)")
     add("--steps", type=int, nargs="+", help="as many steps for each of them, whatever they take")
-    add("--record", type=os.path.abspath, help="a recorded.json, into which row 3 is written")
     add("--precision", choices=("auto", "float32", "bfloat16"), default="auto",
         help="of ours in rows 1 to 4 and 6 (default auto: bfloat16 where it is faster)")
     add("--megabytes", type=int, nargs="+", default=[64, 256, 1024], help="sizes of row memory")
