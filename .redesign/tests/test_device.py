@@ -1,0 +1,115 @@
+"""The notebook on an accelerator written in Python (pretend.py): every tensor is where it must be.
+
+The device stays for the life of a process, so each test has one of its own."""
+import multiprocessing, os, pathlib, types
+
+import pytest
+import torch
+
+from conftest import cells_of_sections, load_library
+
+WITH_PRETEND = [
+    ('Literal["auto", "cpu", "cuda", "mps"]', 'Literal["auto", "cpu", "cuda", "mps", "pretend"]'),
+    ('found = {"cuda":', 'found = {"pretend": True, "cuda":'),
+    ('if device.type == "cuda":\n        torch.set_float32_matmul_precision',
+     'if device.type != "cpu":\n        torch.set_float32_matmul_precision'),
+    ('8192 if device.type == "cuda" else 1024', "64")]                # here no speed is measured
+PARTS = [{}, dict(optimizer="adamw", position="learned", norm="layernorm", activation="gelu",
+                  bias=True, tie_embeddings=True), dict(dropout=0.1, position="sinusoidal")]
+
+
+def in_a_new_process(function, *arguments):
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(function, arguments)
+
+
+def train_there(changes):
+    """[losses on the CPU, on pretend in float32, there in bfloat16]; scores and texts of the first
+    two."""
+    import pretend
+    library = load_library(WITH_PRETEND)
+    settings = library.make_settings("smoke", max_steps=12, context_length=32, **changes)
+    tokens = torch.randint(200, (4000,), generator=torch.Generator().manual_seed(0))
+    losses, models = [], []
+    for device, precision in (("cpu", torch.float32), ("pretend", torch.float32),
+                              ("pretend", torch.bfloat16)):
+        run = library.new_run(settings, library.make_config(settings, 200), device, precision)
+        models.append(run.model)
+        losses.append(library.train(run, tokens, show=False)["loss"])
+    scores = [library.per_token_losses(model, tokens[:200]).tolist() for model in models[:2]]
+    written = [[int(token) for token in library.stream_tokens(model, tokens[None, :5], 20, top_k=20,
+        seed=3)] for model in models[:2]]
+    # the largest thing that a step keeps; CUDA's autocast would raise it to float32
+    with torch.autocast("pretend", torch.bfloat16):
+        weights = torch.ones(4, 4, device="pretend")
+        assert library.attention_weights(weights, weights).dtype == torch.bfloat16
+    assert pretend.operations > 1000 and next(models[1].parameters()).device.type == "pretend"
+    return losses, scores, written
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("parts", PARTS, ids=["today's parts", "GPT-2's parts", "the rest"])
+def test_training_scoring_and_writing_on_another_device(parts):
+    (here, there, halved), scores, written = in_a_new_process(train_there, parts)
+    # the same arithmetic, so the same numbers
+    assert here == there and here[-1] < here[0] and scores[0] == scores[1] and written[
+        0] == written[1]
+    assert here != halved and max(abs(a - b) for a, b in zip(here, halved)) < 0.01
+
+
+def carried_over(folder):
+    """A run is stopped on one device, saved, and goes on there and on the CPU: the losses of the
+    three runs."""
+    import pretend  # noqa: F401
+    library, ends, path = load_library(WITH_PRETEND), [], pathlib.Path(folder, "run.pt")
+    tokens = torch.randint(200, (4000,), generator=torch.Generator().manual_seed(0))
+    settings = library.make_settings("smoke", max_steps=10, context_length=32)
+    for device in ("pretend", "pretend", "cpu"):
+        run = library.new_run(settings, library.make_config(settings, 200), device)
+        if not path.exists():
+            for name, value in zip(("loss", "norm", "rate"), library.training_step(run, tokens)):
+                run.history[name].append(value)
+            library.save_checkpoint(path, run, [], "s")
+        else:
+            library.load_checkpoint(path, run, [], "s")
+        ends.append(library.train(run, tokens, show=False)["loss"])
+    return ends
+
+
+def test_a_checkpoint_goes_from_one_device_to_another(tmp_path):
+    first, second, third = in_a_new_process(carried_over, str(tmp_path))
+    assert first == second == third and len(first) == 10
+
+
+def every_section(folder, precision):
+    import IPython.display
+    import pretend
+    IPython.display.display = lambda *a, **k: types.SimpleNamespace(update=lambda *a, **k: None)
+    os.chdir(folder)
+    space, small = {
+        "__name__": "run"}, (
+        "corpus_megabytes=0.4, max_steps=15, n_layer=1, n_embd=32, context_length=32, "
+        "evaluations=1, samples=4, sample_tokens=24")
+    cells = cells_of_sections(0, 8) + cells_of_sections(9, 12, without={"exercise"}) + [cell
+        for cell in cells_of_sections(13, 13) if "define" in cell[1]]
+    for source, tags in cells + cells_of_sections(14, 14):
+        if "parameters" in tags:
+            source = (f'preset = "smoke"\nchanges = dict(device="pretend", '
+                      f'precision="{precision}", {small})')
+        for old, new in WITH_PRETEND:
+            source = source.replace(old, new)
+        # that is for the CPU
+        if "done = subprocess.run(" not in source and "together_command(" not in source:
+            exec(compile(source, "cell", "exec"), space)
+    assert space["device"].type == next(space["model"].parameters(
+        )).device.type == "pretend" and space["precision"] == getattr(torch, precision)
+    assert torch.get_float32_matmul_precision() == "high" and pretend.operations > 20_000
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("precision", ["bfloat16", pytest.param("float32", marks=pytest.mark.slow)])
+def test_every_section_runs_on_another_device(tmp_path, monkeypatch, precision):
+    """With TF32's rounding of the factors in both, since sections 10 to 12 compute in float32 in
+    any case."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    in_a_new_process(every_section, str(tmp_path), precision)
