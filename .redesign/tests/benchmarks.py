@@ -24,7 +24,7 @@ import time
 
 import torch
 
-from conftest import cells_of_sections, load_library
+from conftest import load_library, run_cells
 
 CPU = torch.device("cpu")
 LONG_RUN_DROPOUT = 0.05  # for more than 5 minutes; in 4 it costs more than it gains
@@ -101,11 +101,9 @@ def preprocessed(folder, changes={}):
     """The namespace of the notebook after its sections 0 to 3, run in a folder, in silence."""
     from matplotlib import pyplot
     os.chdir(folder)
-    space, chosen = {"__name__": "benchmark"}, f'preset, changes = "laptop", {changes!r}'
     with contextlib.redirect_stdout(io.StringIO()):
-        for source, tags in cells_of_sections(0, 3, without=()):
-            exec(compile(chosen if "parameters" in tags else source, "cell", "exec"), space)
-            pyplot.close("all")
+        space = run_cells(0, 3, f'preset, changes = "laptop", {changes!r}')
+        pyplot.close("all")
     return space
 
 

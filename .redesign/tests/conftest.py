@@ -54,9 +54,22 @@ def code_cells():
 def cells_of_sections(first, last, without=("check", "exercise")):
     """[(source, tags), …] of the code cells of these sections, without those that have one of
     these tags."""
-    cells = [("".join(cell["source"]), cell["metadata"].get("tags", [])) for section,
-             cell in code_cells() if first <= section <= last]
+    cells = [("".join(cell["source"]), cell["metadata"].get("tags", []))
+             for section, cell in code_cells() if first <= section <= last]
     return [(source, tags) for source, tags in cells if not set(without) & set(tags)]
+
+
+def run_cells(first, last, settings="", replace=(), without=("exercise",), skip=None, space=None):
+    """Runs the code cells of these sections, with a settings cell of one's own, each (old, new) of
+    `replace` wherever it stands, and without cells that hold the text `skip`. → the namespace."""
+    space = {"__name__": "run"} if space is None else space
+    for source, tags in cells_of_sections(first, last, without):
+        if skip is None or skip not in source:
+            source = settings if "parameters" in tags else source
+            for old, new in replace:
+                source = source.replace(old, new)
+            exec(compile(source, "cell", "exec"), space)
+    return space
 
 
 def load_library(replace=()):
@@ -64,8 +77,7 @@ def load_library(replace=()):
     occur exactly once."""
     sources = cells_with_tag("define")
     for old, new in replace:
-        assert sum(source.count(old)
-                   for source in sources) == 1, f"{old!r} must stand once"
+        assert sum(source.count(old) for source in sources) == 1, f"{old!r} must stand once"
         sources = [source.replace(old, new) for source in sources]
     module = types.ModuleType("notebook_library")
     for i, source in enumerate(sources):
@@ -137,8 +149,7 @@ def library():
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "slow: minutes; run with -m slow")
-    config.addinivalue_line("markers",
-                            "long: runs much of the notebook; begun first")
+    config.addinivalue_line("markers", "long: runs much of the notebook; begun first")
 
 
 def pytest_collection_modifyitems(config, items):

@@ -15,6 +15,13 @@ def small_config(lib, **changes):
     return lib.GPTConfig(**{**values, **changes})
 
 
+def small_run(lib, vocab_size=300, device="cpu", precision=torch.float32, **changes):
+    """A run of a small model before its first step."""
+    small = dict(context_length=16, n_embd=16, max_steps=12, batch_size=2, evaluations=2)
+    settings = lib.make_settings("smoke", **{**small, **changes})
+    return lib.new_run(settings, lib.make_config(settings, vocab_size), device, precision)
+
+
 def scrambled(lib, config, seed=0):
     """A model with nothing at zero, in double precision."""
     torch.manual_seed(seed)
@@ -38,14 +45,14 @@ def parts_are_pytorchs(lib):
     # the small numbers show where ε stands
     for scale in (1e-3, 3):
         x = scale * (torch.randn(4, 16, dtype=torch.float64) + 0.3)
-        for ours, theirs in (lib.LayerNorm(16), torch.nn.LayerNorm(16)), (lib.RMSNorm(16),
-            torch.nn.RMSNorm(16, 1e-6)):
+        for ours, theirs in ((lib.LayerNorm(16), torch.nn.LayerNorm(16)),
+                             (lib.RMSNorm(16), torch.nn.RMSNorm(16, 1e-6))):
             assert torch.allclose(ours.double()(x), theirs.double()(x))
         for name, kind in (("gelu", "none"), ("gelu_tanh", "tanh")):
             assert torch.allclose(lib.ACTIVATIONS[name](x), F.gelu(x, approximate=kind))
     dropped = lib.dropout(torch.ones(100_000), 0.25, training=True)
-    assert abs((dropped == 0).float().mean() - 0.25) < 0.01 and math.isclose(dropped.max(), 4 / 3,
-        rel_tol=1e-6)
+    assert abs((dropped == 0).float().mean() - 0.25) < 0.01
+    assert math.isclose(dropped.max(), 4 / 3, rel_tol=1e-6)
     q, k, v = torch.randn(3, 2, 3, 6, 8, dtype=torch.float64)
     for mask in (None, torch.ones(6, 6, dtype=torch.bool).tril()):
         expected = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
@@ -77,12 +84,12 @@ def positions_are_those_on_paper(lib):
 # with today's parts; test_gpt2.py compares GPT-2's with those of transformers
 def gpt_is_the_one_by_hand(lib):
     model, tokens = scrambled(lib, small_config(lib)), torch.randint(50, (16,))
-    norm, p, C = partial(F.rms_norm, eps=1e-6), dict(model.named_parameters()), [
-        model.config.n_embd]
+    norm, p = partial(F.rms_norm, eps=1e-6), dict(model.named_parameters())
+    C = [model.config.n_embd]
     x = p["token_embedding.weight"][tokens]
     for i in range(model.config.n_layer):
-        w = {name.split(f"blocks.{i}.")[-1].removesuffix(".weight"): value for name,
-             value in p.items()}
+        w = {name.split(f"blocks.{i}.")[-1].removesuffix(".weight"): value
+             for name, value in p.items()}
         read = norm(x, C, w["attention_norm"])
         q, k, v = (F.linear(read, w[f"attention.{part}"]).view(16, 2, -1).transpose(0, 1)
                    for part in ("query", "key", "value"))
@@ -101,8 +108,8 @@ def gpt_is_the_one_by_hand(lib):
 # neither with later tokens, nor where the text comes in pieces, to the cache
 def earlier_logits_never_change(lib):
     for position in ("none", "sinusoidal", "learned", "rotary"):
-        model, tokens = scrambled(lib, config := small_config(lib,
-            position=position)), torch.randint(50, (2, 16))
+        config = small_config(lib, position=position)
+        model, tokens = scrambled(lib, config), torch.randint(50, (2, 16))
         expected, cache = model(tokens)[0], lib.new_cache(config, 2, dtype=torch.float64)
         changed = torch.cat([tokens[:, :9], (tokens[:, 9:] + 1) % 50], 1)
         assert torch.equal(expected[:, :9], model(changed)[0][:, :9])
@@ -124,10 +131,10 @@ def steps_are_pytorchs(lib):
         run = lib.Run(model, lib.make_optimizers(model, settings, torch.bfloat16),
                       torch.Generator().manual_seed(0),
                       settings, torch.float32, lib.new_history(), model)
-        vectors, matrices = ([p for p in part.parameters() if p.ndim == n] for part,
-                             n in ((twin, 1), (twin.blocks, 2)))
-        tables, adamw = [twin.token_embedding.weight, twin.output.weight], partial(
-            torch.optim.AdamW, betas=(0.9, 0.95))
+        vectors, matrices = ([p for p in part.parameters() if p.ndim == n]
+                             for part, n in ((twin, 1), (twin.blocks, 2)))
+        tables = [twin.token_embedding.weight, twin.output.weight]
+        adamw = partial(torch.optim.AdamW, betas=(0.9, 0.95))
         both = [adamw(matrices + tables, weight_decay=0.5), adamw(vectors, weight_decay=0)]
         if optimizer == "muon":
             both = [torch.optim.Muon(matrices, weight_decay=0.5),
@@ -143,19 +150,18 @@ def steps_are_pytorchs(lib):
             for theirs in both:
                 theirs.param_groups[0]["lr"] = 0.02 * rate
                 theirs.step()
-            assert abs(loss - expected) < tolerance > abs(norm - their_norm) and math.isclose(
-                fraction, rate)
-            assert all(torch.allclose(a, b, 0, tolerance / 10) for a,
-                       b in zip(model.parameters(), twin.parameters()))
+            assert abs(loss - expected) < tolerance > abs(norm - their_norm)
+            assert math.isclose(fraction, rate)
+            assert all(torch.allclose(a, b, 0, tolerance / 10)
+                       for a, b in zip(model.parameters(), twin.parameters()))
 
 
 def filters_keep_the_right_tokens(lib):
     logits = torch.tensor([0.5, 0.25, 0.125, 0.125]).log()
-    cases = (2, dict(top_k=2)), (2, dict(min_p=0.4)), (1, dict(top_p=0.5)), (2, dict(top_p=0.6)), (
-        4, dict(top_p=1))
-    for kept, options in cases:
-        assert (lib.filter_logits(logits, **options) > -math.inf).tolist() == [i < kept
-            for i in range(4)]
+    for kept, options in ((2, dict(top_k=2)), (2, dict(min_p=0.4)), (1, dict(top_p=0.5)),
+                          (2, dict(top_p=0.6)), (4, dict(top_p=1))):
+        found = lib.filter_logits(logits, **options) > -math.inf
+        assert found.tolist() == [i < kept for i in range(4)]
     assert torch.allclose(lib.filter_logits(logits, temperature=0.5), logits * 2)
 
 

@@ -5,18 +5,17 @@ import numpy as np
 import pytest
 import torch
 
-from conftest import NOTEBOOK, cells_of_sections
+import referees
+from conftest import NOTEBOOK, run_cells
 
 
-def small_run(library, device="cpu", precision=torch.float32, **changes):
+def trained(library, device="cpu", precision=torch.float32, **changes):
     """(model, losses) of a short run on made-up tokens, as section 8 trains."""
-    small = dict(max_steps=10, context_length=32, n_layer=1, n_embd=32)
-    settings = library.make_settings("smoke", **{**small, **changes})
     generator = torch.Generator().manual_seed(0)
-    # small ones are frequent
-    tokens = torch.randint(200, (4000,), generator=generator) ** 2 // 200
-    run = library.new_run(settings, library.make_config(settings, 200), device, precision)
-    run.forward = library.compiled(run.model, settings)
+    tokens = torch.randint(200, (4000,), generator=generator) ** 2 // 200  # small ones are frequent
+    run = referees.small_run(library, 200, device, precision, context_length=32, n_embd=32,
+                             batch_size=16, **changes)
+    run.forward = library.compiled(run.model, run.settings)
     return run.model, library.train(run, tokens, show=False)["loss"]
 
 
@@ -38,15 +37,12 @@ def test_tinystories_in_the_hubs_layout_is_prepared_and_trained_on(
     monkeypatch.setenv("GPT_PRESET", "smoke")
     nothing = lambda *a, **k: types.SimpleNamespace(update=lambda *a, **k: None)
     monkeypatch.setattr("IPython.display.display", nothing)
-    space = {"__name__": "run"}
-    for source, tags in cells_of_sections(0, 10, without={"check", "exercise"}):
-        if "parameters" in tags:
-            source = ('preset = "gpu"\nchanges = dict(device="cpu", held_out_fraction=0.06, '
-                      'vocab_size=400, context_length=32, n_layer=1, n_head=1, n_embd=32, '
-                      'batch_size=8, max_steps=60, evaluations=2, samples=5, sample_tokens=32)')
-        source = source.replace('"roneneldan/TinyStories"', repr(str(folder.parent)))
-        source = source.replace('os.environ["GPT_PRESET"] = preset', "pass")
-        exec(compile(source, "cell", "exec"), space)
+    settings = ('preset = "gpu"\nchanges = dict(device="cpu", held_out_fraction=0.06, '
+                'vocab_size=400, context_length=32, n_layer=1, n_head=1, n_embd=32, '
+                'batch_size=8, max_steps=60, evaluations=2, samples=5, sample_tokens=32)')
+    replace = [('"roneneldan/TinyStories"', repr(str(folder.parent))),
+               ('os.environ["GPT_PRESET"] = preset', "pass")]
+    space = run_cells(0, 10, settings, replace, without=("check", "exercise"))
     assert "corpus: tinystories" in capsys.readouterr().out
     assert set(space["documents"]["text"]) == set(texts)
     losses = space["history"]["loss"]
@@ -55,7 +51,7 @@ def test_tinystories_in_the_hubs_layout_is_prepared_and_trained_on(
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 def test_on_cuda_a_run_follows_the_cpus(library):
-    here, there = (small_run(library, device, compile="no")[1] for device in ("cpu", "cuda"))
+    here, there = (trained(library, device, compile="no")[1] for device in ("cpu", "cuda"))
     assert max(abs(a - b) for a, b in zip(here, there)) < 0.02
 
 
@@ -71,8 +67,8 @@ def compiler(library, monkeypatch):
 
 @pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16], ids=str)
 def test_a_compiled_run_follows_the_plain_one_and_shares_its_weights(library, compiler, precision):
-    plain = small_run(library, compile="no", precision=precision)[1]
-    model, compiled = small_run(library, compile="yes", precision=precision)
+    plain = trained(library, compile="no", precision=precision)[1]
+    model, compiled = trained(library, compile="yes", precision=precision)
     assert max(abs(a - b) for a, b in zip(plain, compiled)) < 3e-3 and plain[-1] < plain[0]
     assert not any(name.startswith("_orig_mod") for name in model.state_dict())
 
@@ -89,11 +85,11 @@ def order(library, tmp_path):
     encoding = library.build_tokenizer(merges)
 
     def write(name="run.pt", **changes):
-        small = dict(batch_size=4, context_length=32, n_layer=1, n_embd=32, max_steps=50,
-                     device="cpu", precision="float32")
-        settings = library.make_settings("smoke", **{**small, **changes})
-        config = library.make_config(settings, encoding.n_vocab)
-        run = library.new_run(settings, config, precision=getattr(torch, settings.precision))
+        precision = changes.pop("precision", "float32")
+        run = referees.small_run(library, encoding.n_vocab, precision=getattr(torch, precision),
+                                 **{**dict(batch_size=4, context_length=32, n_embd=32, n_layer=1,
+                                           max_steps=50, device="cpu"), **changes})
+        run.settings = dataclasses.replace(run.settings, precision=precision)
         library.save_checkpoint(tmp_path / name, run, merges, "stamp")
         return run
     write.folder = tmp_path

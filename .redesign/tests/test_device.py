@@ -6,7 +6,8 @@ import multiprocessing, os, pathlib, types
 import pytest
 import torch
 
-from conftest import cells_of_sections, load_library
+import referees
+from conftest import load_library, run_cells
 
 WITH_PRETEND = [
     ('Literal["auto", "cpu", "cuda", "mps"]', 'Literal["auto", "cpu", "cuda", "mps", "pretend"]'),
@@ -28,17 +29,16 @@ def train_there(changes):
     two."""
     import pretend
     library = load_library(WITH_PRETEND)
-    settings = library.make_settings("smoke", max_steps=12, context_length=32, **changes)
     tokens = torch.randint(200, (4000,), generator=torch.Generator().manual_seed(0))
     losses, models = [], []
     for device, precision in (("cpu", torch.float32), ("pretend", torch.float32),
                               ("pretend", torch.bfloat16)):
-        run = library.new_run(settings, library.make_config(settings, 200), device, precision)
+        run = referees.small_run(library, 200, device, precision, context_length=32, **changes)
         models.append(run.model)
         losses.append(library.train(run, tokens, show=False)["loss"])
     scores = [library.per_token_losses(model, tokens[:200]).tolist() for model in models[:2]]
-    written = [[int(token) for token in library.stream_tokens(model, tokens[None, :5], 20, top_k=20,
-        seed=3)] for model in models[:2]]
+    written = [list(map(int, library.stream_tokens(model, tokens[None, :5], 20, top_k=20, seed=3)))
+               for model in models[:2]]
     # the largest thing that a step keeps; CUDA's autocast would raise it to float32
     with torch.autocast("pretend", torch.bfloat16):
         weights = torch.ones(4, 4, device="pretend")
@@ -52,8 +52,8 @@ def train_there(changes):
 def test_training_scoring_and_writing_on_another_device(parts):
     (here, there, halved), scores, written = in_a_new_process(train_there, parts)
     # the same arithmetic, so the same numbers
-    assert here == there and here[-1] < here[0] and scores[0] == scores[1] and written[
-        0] == written[1]
+    assert here == there and here[-1] < here[0]
+    assert scores[0] == scores[1] and written[0] == written[1]
     assert here != halved and max(abs(a - b) for a, b in zip(here, halved)) < 0.01
 
 
@@ -63,15 +63,14 @@ def carried_over(folder):
     import pretend  # noqa: F401
     library, ends, path = load_library(WITH_PRETEND), [], pathlib.Path(folder, "run.pt")
     tokens = torch.randint(200, (4000,), generator=torch.Generator().manual_seed(0))
-    settings = library.make_settings("smoke", max_steps=10, context_length=32)
     for device in ("pretend", "pretend", "cpu"):
-        run = library.new_run(settings, library.make_config(settings, 200), device)
+        run = referees.small_run(library, 200, device, max_steps=10, context_length=32)
         if not path.exists():
             for name, value in zip(("loss", "norm", "rate"), library.training_step(run, tokens)):
                 run.history[name].append(value)
             library.save_checkpoint(path, run, [], "s")
         else:
-            library.load_checkpoint(path, run, [], "s")
+            library.load_checkpoint(path, run, "s")
         ends.append(library.train(run, tokens, show=False)["loss"])
     return ends
 
@@ -86,23 +85,16 @@ def every_section(folder, precision):
     import pretend
     IPython.display.display = lambda *a, **k: types.SimpleNamespace(update=lambda *a, **k: None)
     os.chdir(folder)
-    space, small = {
-        "__name__": "run"}, (
-        "corpus_megabytes=0.4, max_steps=15, n_layer=1, n_embd=32, context_length=32, "
-        "evaluations=1, samples=4, sample_tokens=24")
-    cells = cells_of_sections(0, 8) + cells_of_sections(9, 12, without={"exercise"}) + [cell
-        for cell in cells_of_sections(13, 13) if "define" in cell[1]]
-    for source, tags in cells + cells_of_sections(14, 14):
-        if "parameters" in tags:
-            source = (f'preset = "smoke"\nchanges = dict(device="pretend", '
-                      f'precision="{precision}", {small})')
-        for old, new in WITH_PRETEND:
-            source = source.replace(old, new)
-        # that is for the CPU
-        if "done = subprocess.run(" not in source and "together_command(" not in source:
-            exec(compile(source, "cell", "exec"), space)
-    assert space["device"].type == next(space["model"].parameters(
-        )).device.type == "pretend" and space["precision"] == getattr(torch, precision)
+    settings = (f'preset = "smoke"\nchanges = dict(device="pretend", precision="{precision}", '
+                'corpus_megabytes=0.4, max_steps=15, n_layer=1, n_embd=32, context_length=32, '
+                'evaluations=1, samples=4, sample_tokens=24)')
+    quick = ("check", "exercise")
+    space = run_cells(0, 8, settings, WITH_PRETEND, quick)
+    run_cells(9, 12, "", WITH_PRETEND, space=space)
+    run_cells(13, 13, "", WITH_PRETEND, (*quick, "run"), space=space)  # the definitions alone
+    run_cells(14, 14, "", WITH_PRETEND, quick, "together_command(", space)  # that is for the CPU
+    assert space["device"].type == next(space["model"].parameters()).device.type == "pretend"
+    assert space["precision"] == getattr(torch, precision)
     assert torch.get_float32_matmul_precision() == "high" and pretend.operations > 20_000
 
 

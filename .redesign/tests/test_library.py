@@ -203,6 +203,20 @@ def test_near_duplicates_are_judged_one_by_one(library):
         assert abs(dropped - (1 - (1 - alike**3) ** 10)) < 0.12
 
 
+def test_half_of_the_texts_keep_their_places(library):
+    texts = list(map(str, range(1000)))
+    mixed = library.scatter_half(texts)
+    assert sorted(mixed) == sorted(texts)
+    assert 450 < sum(a == b for a, b in zip(texts, mixed)) < 550
+
+
+def test_the_longest_recited_part(library):
+    training = torch.tensor([1, 2, 3, 4, 5, 9, 2, 3])
+    rows = [[7, 2, 3, 4, 5, 7], [1, 2, 3], [9, 9], []]
+    assert library.longest_recited(rows, training, 2) == [2, 3, 4, 5]
+    assert library.longest_recited(rows[2:], training, 2) == []
+
+
 def test_the_split_is_by_source(library):
     names = [f"module_{i}.py" for i in range(2000)] * 2
     table = library.datasets.Dataset.from_dict(
@@ -349,12 +363,10 @@ def test_seeds_samples_and_the_end_of_text(library, model, tokenizer, monkeypatc
 
 
 def test_frozen_parameters_stay_and_the_rest_learns(library):
-    settings, tokens = library.make_settings("smoke", max_steps=3, context_length=8, n_embd=16,
-                                             batch_size=2), torch.arange(200) % 50
+    tokens = torch.arange(200) % 50
     for optimizer in ("muon", "adamw"):
         for frozen in ("blocks", "blocks.1.attention", "token_embedding", ""):
-            settings = library.dataclasses.replace(settings, optimizer=optimizer)
-            run = library.new_run(settings, library.make_config(settings, 50))
+            run = referees.small_run(library, 50, max_steps=3, optimizer=optimizer)
             before = {name: p.clone() for name, p in run.model.named_parameters()}
             for name, p in run.model.named_parameters():
                 p.requires_grad = not name.startswith(frozen or "nothing")

@@ -3,7 +3,7 @@
 import pytest
 
 import referees
-from conftest import code_cells, load_library
+from conftest import code_cells, load_library, run_cells
 
 # (text in the define cells, what takes its place, the section whose cells must notice or 0,
 # the function of referees.py that must notice or None)
@@ -125,14 +125,12 @@ def test_a_cell_of_the_same_section_notices(tmp_path, monkeypatch):
     """In the namespace after sections 0 to 3, on little text; without a mistake, the cells pass."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("GPT_PRESET", "smoke")
-    space = {"__name__": "run"}
-    for section, cell in code_cells():
-        tags, source = cell["metadata"].get("tags", []), "".join(cell["source"])
-        if "parameters" in tags:
-            source = ("preset = 'smoke'\nchanges = dict(corpus_megabytes=0.3, vocab_size=320, "
-                      "held_out_fraction=0.2)")
-        if section <= 3 or "define" in tags or section == 5:
-            exec(compile(source, "cell", "exec"), space)
+    space = run_cells(0, 3, "preset = 'smoke'\nchanges = dict(corpus_megabytes=0.3, "
+                            "vocab_size=320, held_out_fraction=0.2)")
+    definitions = ("run", "check", "exercise", "solution")  # what is left out
+    run_cells(4, 4, without=definitions, space=space)
+    run_cells(5, 5, space=space)
+    run_cells(6, 16, without=definitions, space=space)
     sections = sorted({section for _, _, section, _ in MISTAKES if section})
     for section in sections:
         assert what_notices(space, section, "no such text", "") is None, section

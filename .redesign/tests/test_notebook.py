@@ -11,8 +11,8 @@ import sys
 
 import pytest
 
-from conftest import (NOTEBOOK, ROOT, cells_of_sections, code_cells, committed, execute_notebook,
-                      load_library, outputs_text, run_with)
+from conftest import (NOTEBOOK, ROOT, code_cells, committed, execute_notebook, load_library,
+                      outputs_text, run_cells, run_with)
 
 
 @pytest.fixture(scope="module")
@@ -127,8 +127,8 @@ def test_readme_commands_and_sample(notebook):
     readme = committed("README.md")
     commands = [line for line in readme.splitlines() if line.startswith("pip install")]
     assert len(commands) == 2
-    assert "jupyter nbconvert --to notebook --execute gpt_from_scratch.ipynb --output" in commands[
-        0] and "pytest" in commands[1]
+    assert "jupyter nbconvert --to notebook --execute gpt_from_scratch.ipynb --output" in commands[0]
+    assert "pytest" in commands[1]
     sample = re.search(r"```python\n(.*?)```", readme, re.S).group(1).strip()
     assert sample in outputs_text(notebook), "the sample in README is not in the outputs"
 
@@ -211,11 +211,9 @@ TIKTOKEN = pathlib.Path(os.environ.get("TIKTOKEN_CACHE_DIR")
                     reason="needs GPT-2's vocabulary, in TIKTOKEN_CACHE_DIR")
 def test_gpt2s_vocabulary_runs_up_to_the_labs(tmp_path):
     """The labs train a dozen models: with 50,257 tokens they would take ten minutes."""
-    assert "vocabulary: 50,257 tokens" in run_with(tmp_path,
-                                                   smoke_with(
-                                                       dict(tokenizer="gpt2", samples=5,
-                                                           max_steps=10)), before="## 13 ",
-                                                           TIKTOKEN_CACHE_DIR=str(TIKTOKEN))
+    settings = smoke_with(dict(tokenizer="gpt2", samples=5, max_steps=10))
+    text = run_with(tmp_path, settings, before="## 13 ", TIKTOKEN_CACHE_DIR=str(TIKTOKEN))
+    assert "vocabulary: 50,257 tokens" in text
 
 
 @pytest.mark.long
@@ -236,12 +234,8 @@ def test_the_checks_of_sections_1_to_8_pass_for_settings_at_random(seed, tmp_pat
                    **{name: rng.random() < 0.5 for name in ("qk_norm", "bias", "tie_embeddings")})
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("IPython.display.display", lambda *a, **k: None)
-    space = {"__name__": "run"}
     monkeypatch.setenv("GPT_PRESET", "smoke")
-    for source, tags in cells_of_sections(0, 8, without={"exercise"}):
-        if "parameters" in tags:
-            source = smoke_with(changes)
-        exec(compile(source, "cell", "exec"), space)
+    space = run_cells(0, 8, smoke_with(changes))
     assert len(space["history"]["loss"]) == 3, changes
 
 
@@ -257,8 +251,8 @@ def test_cells_run_twice_and_sections_again_in_other_orders(tmp_path):
     order = [cell for section, cell in cells for _ in range(2 if section < 13 else 1)]
     for again in (sections[::-1], random.Random(0).sample(sections, len(sections))):
         order += [cell for wanted in again for section, cell in cells if section == wanted]
-    notebook["cells"] = [{**cell, "id": f"cell{i}", "execution_count": None} for i,
-                         cell in enumerate(order)]
+    notebook["cells"] = [{**cell, "id": f"cell{i}", "execution_count": None}
+                         for i, cell in enumerate(order)]
     (tmp_path / NOTEBOOK.name).write_text(json.dumps(notebook), encoding="utf-8")
     assert execute_notebook(tmp_path).count("all 17 solutions are right") == 3
 
