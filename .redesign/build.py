@@ -18,7 +18,7 @@ for f in [here+'/head.txt']+sorted(glob.glob(here+'/s[0-9][0-9].txt')):
         if words[-1] in('slide','frag','fragment'): slide={'slide':'slide','frag':'-','fragment':'fragment'}[words.pop()]
         tags=[w for w in words if w not in('md','fold')]
         lines=[l for l in src.splitlines() if l.strip() and not l.strip().startswith('#')]
-        hidden=kind=='code' and (bool({'workshop','panel','exercise-check','solution','fold'}&set(words)) or 'check' in words and len(lines)>8)
+        hidden=kind=="code" and (bool({"workshop","exercise-check","solution","fold"}&set(words)) or bool({"panel","check"}&set(words)) and len(lines)>8)
         if kind=='code' and 'solution' in words and 'verdicts' in src: hidden=False
         meta={'slideshow':{'slide_type':slide}}
         if hidden: meta['jupyter']={'source_hidden':True}

@@ -127,7 +127,7 @@ def test_readme_commands_and_sample(notebook):
     readme = committed("README.md")
     commands = [line for line in readme.splitlines() if line.startswith("pip install")]
     assert len(commands) == 2
-    assert "jupyter nbconvert --to notebook --execute gpt_from_scratch.ipynb --output" in commands[0]
+    assert "jupyter nbconvert --to notebook --execute gpt_from_scratch.ipynb" in commands[0]
     assert "pytest" in commands[1]
     sample = re.search(r"```python\n(.*?)```", readme, re.S).group(1).strip()
     assert sample in outputs_text(notebook), "the sample in README is not in the outputs"
