@@ -15,8 +15,9 @@ WITH_PRETEND = [
     ('if device.type == "cuda":\n        torch.set_float32_matmul_precision',
      'if device.type != "cpu":\n        torch.set_float32_matmul_precision'),
     ('8192 if device.type == "cuda" else 1024', "64")]                # here no speed is measured
-PARTS = [{}, dict(optimizer="adamw", position="learned", norm="layernorm", activation="gelu",
-                  bias=True, tie_embeddings=True), dict(dropout=0.1, position="sinusoidal")]
+PARTS = [{}, dict(position="sinusoidal"),  # (dropout would draw other numbers there)
+         dict(optimizer="adamw", position="learned", norm="layernorm", activation="gelu",
+              bias=True, tie_embeddings=True)]
 
 
 def in_a_new_process(function, *arguments):
@@ -39,16 +40,12 @@ def train_there(changes):
     scores = [library.per_token_losses(model, tokens[:200]).tolist() for model in models[:2]]
     written = [list(map(int, library.stream_tokens(model, tokens[None, :5], 20, top_k=20, seed=3)))
                for model in models[:2]]
-    # the largest thing that a step keeps; CUDA's autocast would raise it to float32
-    with torch.autocast("pretend", torch.bfloat16):
-        weights = torch.ones(4, 4, device="pretend")
-        assert library.attention_weights(weights, weights).dtype == torch.bfloat16
     assert pretend.operations > 1000 and next(models[1].parameters()).device.type == "pretend"
     return losses, scores, written
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("parts", PARTS, ids=["today's parts", "GPT-2's parts", "the rest"])
+@pytest.mark.parametrize("parts", PARTS, ids=["today's parts", "fixed waves", "GPT-2's parts"])
 def test_training_scoring_and_writing_on_another_device(parts):
     (here, there, halved), scores, written = in_a_new_process(train_there, parts)
     # the same arithmetic, so the same numbers
@@ -87,7 +84,7 @@ def every_section(folder, precision):
     os.chdir(folder)
     settings = (f'preset = "smoke"\nchanges = dict(device="pretend", precision="{precision}", '
                 'corpus_megabytes=0.4, max_steps=15, n_layer=1, n_embd=32, context_length=32, '
-                'evaluations=1, samples=4, sample_tokens=24)')
+                'dropout=0.1, evaluations=1, samples=4, sample_tokens=24)')
     quick = ("check", "exercise")
     space = run_cells(0, 8, settings, WITH_PRETEND, quick)
     run_cells(9, 12, "", WITH_PRETEND, space=space)
