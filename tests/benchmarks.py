@@ -2,10 +2,9 @@
 
     python tests/benchmarks.py --rows 5,6,7 --json
 
-Rows: 1, 3, 4 and `baseline` train models (minutes to hours), 5 to 9 take seconds to minutes,
-and `memory` runs sections 2 to 4 on large texts. A peer is compared with where its path is given
-(--nanogpt: a checkout of the public repository) or where it is installed (transformers,
-tokenizers). Rows 1 and 3 need Tiny Shakespeare as a file (--shakespeare).
+Rows: 3 trains models (minutes to hours), 5 to 9 take seconds to minutes. A peer is compared with
+where its path is given (--nanogpt: a checkout of the public repository) or where it is installed
+(transformers, tokenizers). Row 3 needs Tiny Shakespeare as a file (--shakespeare).
 Each measurement that is compared runs in a process of its own, the two sides in turn.
 """
 import argparse
@@ -17,32 +16,21 @@ import io
 import json
 import os
 import pathlib
-import random
-import re
-import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 
 import torch
 
-from conftest import cells_of_sections, load_library
+from conftest import load_library, run_cells
 
 CPU = torch.device("cpu")
-MODERN = dict(n_layer=4, vocab_size=257, windows="anywhere")  # bytes
 LONG_RUN_DROPOUT = 0.05  # for more than 5 minutes; in 4 it costs more than it gains
-SHAKESPEARE = {  # rows 1 and 3, on top of the laptop preset; max_steps is what fits into the time
-    1: dict(MODERN, n_embd=128, n_head=2, context_length=256, batch_size=8),
-    3: dict(MODERN, n_embd=256, n_head=4, context_length=256, batch_size=8),
-}
+SHAKESPEARE = dict(n_layer=4, n_embd=256, n_head=4, vocab_size=257, windows="anywhere",  # bytes
+                   context_length=256, batch_size=8)  # max_steps is what fits into the time
 LIKE_NANOGPT = dict(activation="gelu", warmup_steps=100)  # where it differs from CLASSIC
-BEST_BASELINE = dict(learning_rate=0.004, batch_size=2)  # of the row baseline
-NANOGPT_CPU = (  # its README's command for a CPU
-    "--device=cpu --compile=False --eval_iters=20 --log_interval=1 --block_size=64 --batch_size=12 "
-    "--n_layer=4 --n_head=4 --n_embd=128 --max_iters=2000 --lr_decay_iters=2000 --dropout=0.0")
 NANOGPT_A100 = 1.4697  # nats per character that its README gives for its GPU recipe
 STEP_SHAPES = {  # width, heads, layers, context, batch, vocabulary, dropout
     "nanoGPT's CPU recipe": (128, 4, 4, 64, 12, 65, 0.0),
@@ -91,48 +79,35 @@ def row(number, what, unit, values, peers=(), **more):
 def prepared_library():
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = False
-    library = load_library()
-    library.keep_freed_memory()  # as section 9 does
-    return library
+    return load_library()
 
 
-def train_for(library, seconds, settings, tokens, precision, starts=None, steps=None):
+def train_for(library, seconds, settings, tokens, precision, steps=None):
     """A new model, trained for about so many seconds, by the steps of a timing run; or for steps.
 
     → model, seconds, steps.
     """
     config = library.make_config(settings, settings.vocab_size)
-    if steps:
-        settings = dataclasses.replace(settings, max_steps=steps)
-    for _ in range(0 if steps else 2):  # the second time with the dropout that so many steps have
+    if not steps:
         step = library.timing_run(settings, config, tokens, CPU, precision, steps=40)
         steps = max(1, int(0.92 * seconds / step))  # 8% in reserve for slower moments
-        settings = dataclasses.replace(settings, max_steps=steps)
-        dropout = library.dropout_of(settings, tokens)
-        if dropout == config.dropout:
-            break
-        config = dataclasses.replace(config, dropout=dropout)
-    torch.manual_seed(settings.seed)
-    model = library.GPT(config)
-    optimizers = library.make_optimizers(model, settings, precision)
-    history = library.train(model, optimizers, tokens, settings, library.new_history(),
-                            torch.Generator().manual_seed(settings.seed), precision, starts)
-    return model, history["seconds"], steps
+    settings = dataclasses.replace(settings, max_steps=steps)
+    run = library.new_run(settings, config, precision=precision)
+    history = library.train(run, tokens, show=False)
+    return run.model, history["seconds"], steps
 
 
 def preprocessed(folder, changes={}):
-    """The namespace of the notebook after its sections 0 to 4, run in a folder, in silence."""
+    """The namespace of the notebook after its sections 0 to 3, run in a folder, in silence."""
     from matplotlib import pyplot
     os.chdir(folder)
-    space, chosen = {"__name__": "benchmark"}, f'preset, changes = "laptop", {changes!r}'
     with contextlib.redirect_stdout(io.StringIO()):
-        for source, tags in cells_of_sections(0, 4, without=()):
-            exec(compile(chosen if "parameters" in tags else source, "cell", "exec"), space)
-            pyplot.close("all")
+        space = run_cells(0, 3, f'preset, changes = "laptop", {changes!r}')
+        pyplot.close("all")
     return space
 
 
-# Rows 1 and 3: Tiny Shakespeare
+# Row 3: Tiny Shakespeare
 
 def shakespeare_tokens(path):
     """The first nine tenths and the last tenth of the text, one token per byte."""
@@ -148,11 +123,11 @@ def whole_losses(library, model, tokens):
             "half_overlap": float(losses().mean())}
 
 
-def our_shakespeare(path, row, seconds, seed, precision, steps=None):
+def our_shakespeare(path, seconds, seed, precision, steps=None):
     library = prepared_library()
     training, validation = shakespeare_tokens(path)
     settings = library.make_settings("laptop", seed=seed, precision=precision, dropout=(
-        LONG_RUN_DROPOUT if seconds > 300 else 0.0), **SHAKESPEARE[row])
+        LONG_RUN_DROPOUT if seconds > 300 else 0.0), **SHAKESPEARE)
     precision, _ = library.choose_precision(settings, CPU)
     model, taken, steps = train_for(
         library, seconds, settings, training, precision, steps=steps)
@@ -160,151 +135,19 @@ def our_shakespeare(path, row, seconds, seed, precision, steps=None):
             **whole_losses(library, model, validation)}
 
 
-def nanogpt_shakespeare(path, nanogpt, seed):
-    """nanoGPT's CPU recipe, but for the seed. Seconds from its first measurement to its end."""
-    with tempfile.TemporaryDirectory() as folder:
-        copy = pathlib.Path(folder, "nanoGPT")
-        shutil.copytree(nanogpt, copy, ignore=shutil.ignore_patterns(".git"))
-        data = copy / "data/shakespeare_char"
-        shutil.copyfile(path, data / "input.txt")
-        subprocess.run([sys.executable, "prepare.py"], cwd=data, check=True, capture_output=True)
-        source = (copy / "train.py").read_text()
-        assert source.count("manual_seed(1337 ") == 1
-        (copy / "train.py").write_text(source.replace("manual_seed(1337 ", f"manual_seed({seed} "))
-        command = [sys.executable, "-u", "train.py", "config/train_shakespeare_char.py",
-                   *NANOGPT_CPU.split()]
-        start = None
-        with subprocess.Popen(command, cwd=copy, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                              text=True) as process:
-            for line in process.stdout:
-                if start is None and line.startswith("using fused"):
-                    start = time.perf_counter()
-        seconds = time.perf_counter() - start
-        assert process.returncode == 0
-        sys.path.insert(0, str(copy))
-        import model as peer
-        checkpoint = torch.load(copy / "out-shakespeare-char/ckpt.pt", weights_only=False)
-        network = peer.GPT(peer.GPTConfig(**checkpoint["model_args"]))
-        network.load_state_dict(checkpoint["model"])
-    characters = sorted(set(pathlib.Path(path).read_text()))
-    lookup = torch.zeros(256, dtype=torch.int64)
-    lookup[[ord(character) for character in characters]] = torch.arange(len(characters))
-    library, (_, validation) = load_library(), shakespeare_tokens(path)
-
-    class Adapter(torch.nn.Module):  # so that the same function scores both
-        config = library.GPTConfig(len(characters), 64, 4, 4, 128)
-
-        def __init__(self):
-            super().__init__()
-            self.network = network
-
-        def forward(self, tokens):
-            tokens = tokens.contiguous()
-            return self.network(tokens, tokens)[0], None
-
-    scores = whole_losses(library, Adapter().eval(), lookup[validation])
-    return {"seconds": seconds, **scores}
-
-
-def rows_1_and_3(options):
+def row_3(options):
     if not options.shakespeare:
-        raise SystemExit("rows 1 and 3 need --shakespeare, the path of Tiny Shakespeare's text")
-
-    def ours(row, seconds, seed, steps=None):
-        return in_process("our_shakespeare", path=options.shakespeare, row=row, seconds=seconds,
-                          seed=seed, precision=options.precision, steps=steps)
-
-    first, peers = [], []
-    third = {minutes: [] for minutes in options.minutes if 3 in options.rows}
-    steps = options.steps or [None] * len(third)
-    for seed in range(1, options.seeds + 1):
-        seconds = options.seconds
-        if options.nanogpt and 1 in options.rows:
-            peers.append(in_process("nanogpt_shakespeare", path=options.shakespeare,
-                                    nanogpt=options.nanogpt, seed=seed))
-            seconds = peers[-1]["seconds"]
-        if 1 in options.rows:
-            first.append(ours(1, seconds, seed))
-        for minutes, count in zip(third, steps):
-            third[minutes].append(ours(3, minutes * 60, seed, count))
-
-    def losses(number, what, taken, peers, **more):
-        overlap = statistics.median(run["half_overlap"] for run in taken)
-        return row(number, f"Tiny Shakespeare in {what}, whole validation set",
-                   "nats per character", [run["side_by_side"] for run in taken], peers,
-                   seconds=[round(run["seconds"], 1) for run in taken], half_overlap=overlap,
-                   steps=[run["steps"] for run in taken], precision=taken[0]["precision"], **more)
-
-    if first:
-        yield losses(1, "the time of nanoGPT's CPU recipe", first,
-                     [p["side_by_side"] for p in peers],
-                     peer_seconds=[round(p["seconds"], 1) for p in peers],
-                     peer_half_overlap=[round(p["half_overlap"], 4) for p in peers])
-    for minutes, taken in third.items():
-        yield losses(3, f"{minutes:g} minutes", taken, [NANOGPT_A100])
-
-
-# Row 4: the laptop preset against GPT-2's parts
-
-def python_run(folder, seed, changes, seconds=None, precision="auto"):
-    """Trains on the python corpus: the laptop preset whole, or for so many seconds."""
-    space, library = preprocessed(folder), prepared_library()
-    settings = library.make_settings("laptop", **{"seed": seed, "precision": precision, **changes})
-    precision, _ = library.choose_precision(settings, CPU)
-    tokens, end, starts = space["train_tokens"], space["tokenizer"].eot_token, None
-    if settings.windows == "documents":
-        starts = library.window_starts(tokens, end, settings.context_length)
-    if seconds is None:
-        config = library.make_config(settings, settings.vocab_size)
-        step = library.timing_run(settings, config, tokens, CPU, precision)
-        seconds = settings.max_steps * step
-    model, taken, steps = train_for(library, seconds, settings, tokens, precision, starts)
-    scores = library.evaluate(model, space["validation_tokens"], space["text_bytes"]["validation"])
-    return {"seconds": taken, "steps": steps, "bits_per_byte": scores["bits_per_byte"],
-            "precision": str(precision)[6:]}
-
-
-def row_4(options):
-    ours, classic = [], []
-    with tempfile.TemporaryDirectory() as folder:
-        for seed in range(1, options.seeds + 1):
-            run = functools.partial(in_process, "python_run", folder=folder, seed=seed)
-            ours.append(run(changes={}, precision=options.precision))
-            classic.append(run(changes={**load_library().CLASSIC, **LIKE_NANOGPT, **BEST_BASELINE},
-                               seconds=ours[-1]["seconds"]))
-    yield row(4, "python corpus, laptop preset, against GPT-2's parts with AdamW in float32 at "
-              "equal time", "bits per byte", *([run["bits_per_byte"] for run in runs]
-                                               for runs in (ours, classic)),
-              seconds=[round(run["seconds"]) for run in ours], steps=[r["steps"] for r in ours],
-              peer_seconds=[round(run["seconds"]) for run in classic],
-              peer_steps=[run["steps"] for run in classic], precision=ours[0]["precision"])
-
-
-# Row baseline: the rate and the batch at which GPT-2's parts do best
-
-def baseline_runs(folder, seconds, rates, batches, seed):
-    """{"rate, sequences per step": [bits per byte on 100,000 tokens, steps]} at equal time."""
-    space, library = preprocessed(folder), prepared_library()
-    validation, results = library.spread_sample(space["validation_tokens"], 100_000), {}
-    size = library.count_bytes(space["tokenizer"], validation)
-    for batch, rate in ((batch, rate) for batch in batches for rate in rates):
-        settings = library.make_settings("laptop", **{
-            **library.CLASSIC, **LIKE_NANOGPT, "seed": seed, "learning_rate": rate,
-            "batch_size": min(4, batch), "accumulation_steps": max(1, batch // 4)})
-        model, _, steps = train_for(library, seconds, settings, space["train_tokens"],
-                                    torch.float32)
-        score = library.evaluate(model, validation, size)["bits_per_byte"]
-        results[f"{rate:g}, {batch}"] = [round(score, 4), steps]
-    return results
-
-
-def row_baseline(options):
-    with tempfile.TemporaryDirectory() as folder:
-        runs = in_process("baseline_runs", folder=folder, seconds=options.baseline_seconds,
-                          rates=[0.0005, 0.001, 0.002, 0.004, 0.008], batches=[2, 4, 8], seed=1)
-    best = min(runs, key=runs.get)
-    yield row("baseline", f"GPT-2's parts, {options.baseline_seconds:g} s for each rate and batch; "
-              f"best: {best}", "bits per byte", [runs[best][0]], runs=runs)
+        raise SystemExit("row 3 needs --shakespeare, the path of Tiny Shakespeare's text")
+    counts = options.steps or [None] * len(options.minutes)
+    for minutes, count in zip(options.minutes, counts):
+        taken = [in_process("our_shakespeare", path=options.shakespeare, seconds=60 * minutes,
+                            seed=seed, precision=options.precision, steps=count)
+                 for seed in range(1, options.seeds + 1)]
+        yield row(3, f"Tiny Shakespeare in {minutes:g} minutes, whole validation set",
+                  "nats per character", [run["side_by_side"] for run in taken], [NANOGPT_A100],
+                  seconds=[round(run["seconds"], 1) for run in taken],
+                  half_overlap=statistics.median(run["half_overlap"] for run in taken),
+                  steps=[run["steps"] for run in taken], precision=taken[0]["precision"])
 
 
 # Rows 5 and 6: a training step
@@ -327,11 +170,9 @@ def our_step(shape, steps=25):
         **library.CLASSIC, **LIKE_NANOGPT, "n_embd": width, "n_head": heads, "n_layer": layers,
         "context_length": context, "batch_size": batch, "accumulation_steps": 1,
         "dropout": dropout})
-    model = library.GPT(library.make_config(settings, vocabulary))
-    optimizers = library.make_optimizers(model, settings)
-    generator, tokens = torch.Generator().manual_seed(0), torch.randint(vocabulary, (100_000,))
-    return timed_steps(lambda i: library.training_step(
-        model, optimizers, tokens, settings, i, generator, torch.float32), steps)
+    run = library.new_run(settings, library.make_config(settings, vocabulary))
+    tokens = torch.randint(vocabulary, (100_000,))
+    return timed_steps(lambda i: library.training_step(run, tokens), steps)
 
 
 def nanogpt_step(shape, nanogpt, steps=25):
@@ -376,7 +217,7 @@ def laptop_fraction(precision):
     seconds = library.timing_run(settings, config, tokens, CPU, precision, steps=30)
     rate = max(before[precision], library.matmul_rate(precision, CPU))
     count = settings.batch_size * settings.accumulation_steps * settings.context_length
-    flops = library.flops_per_token(config) * count      # as section 9 counts
+    flops = library.flops_per_token(config) * count      # as section 8 counts
     return {"fraction": flops / seconds / 1e9 / rate, "rate": rate, "seconds": seconds,
             "precision": str(precision)[6:]}
 
@@ -478,65 +319,7 @@ def row_9(options):
                   "seconds", *in_turn(options, seconds("ours"), there and seconds("rust")))
 
 
-# Memory of sections 2 to 4
-
-def write_text(path, megabytes, seed=0):
-    """Sentences of made-up words, their frequencies as in natural text (Zipf): none repeats."""
-    rng, letters = random.Random(seed), "etaoinshrdlucmfwypvbgkjqxz"
-    words = ["".join(rng.choice(letters) for _ in range(rng.randint(2, 9))) for _ in range(50_000)]
-    weights = [1 / (rank + 3) for rank in range(len(words))]
-    written = 0
-    with open(path, "w", encoding="utf-8") as file:
-        while written < megabytes * 1e6:
-            chosen = enumerate(rng.choices(words, weights, k=20_000))
-            written += file.write("".join(word + (".\n" if i % 15 == 14 else " ") + (
-                "\n" if i % 90 == 89 else "") for i, word in chosen))
-
-
-def preprocess_own(folder, megabytes):
-    """The number of training tokens of a text of one's own."""
-    corpus = os.path.join(folder, "corpus.txt")
-    return len(preprocessed(folder, dict(corpus=corpus, corpus_megabytes=2.0 * megabytes))[
-        "train_tokens"])
-
-
-def most_private_bytes(stop):
-    """The most memory that this process's children held, in pages that belong to no file."""
-    most = 0
-    while not stop.wait(0.05):
-        for path in pathlib.Path("/proc").glob("[0-9]*/status"):
-            with contextlib.suppress(OSError):
-                status = path.read_text()
-                if f"PPid:\t{os.getpid()}\n" in status:
-                    found = re.search(r"RssAnon:\s+(\d+)", status)
-                    most = max(most, 1024 * int(found.group(1)) if found else 0)
-    return most
-
-
-def row_memory(options):
-    if not os.path.exists("/proc/self/status"):
-        raise SystemExit("the row memory needs Linux: it reads /proc")
-    for megabytes in options.megabytes:
-        with tempfile.TemporaryDirectory() as folder:
-            write_text(os.path.join(folder, "corpus.txt"), megabytes)
-            stop, most = threading.Event(), []
-            watcher = threading.Thread(target=lambda: most.append(most_private_bytes(stop)))
-            watcher.start()
-            start = time.perf_counter()
-            try:
-                tokens = in_process("preprocess_own", folder=folder, megabytes=megabytes)
-            finally:
-                stop.set()
-                watcher.join()
-            seconds = time.perf_counter() - start
-        yield row("memory", f"sections 2 to 4 on {megabytes} MB of generated text, most private "
-                  f"memory", "GB", [most[0] / 1e9], seconds=round(seconds, 1),
-                  seconds_per_megabyte=round(seconds / megabytes, 2), training_tokens=tokens)
-
-
-ROWS = {**dict.fromkeys((1, 3), rows_1_and_3), 4: row_4, 5: row_5, 6: row_6,
-        **dict.fromkeys((7, 8), rows_7_and_8), 9: row_9,
-        "baseline": row_baseline, "memory": row_memory}
+ROWS = {3: row_3, 5: row_5, 6: row_6, **dict.fromkeys((7, 8), rows_7_and_8), 9: row_9}
 
 
 def parse_rows(text):
@@ -556,13 +339,10 @@ def main():
     add("--seeds", type=int, default=3, help="how often each is measured (default 3)")
     add("--nanogpt", type=os.path.abspath, help="path of a checkout of nanoGPT")
     add("--shakespeare", type=os.path.abspath, help="path of Tiny Shakespeare as a text file")
-    add("--seconds", type=float, default=75.0, help="time of row 1 without nanoGPT (default 75)")
-    add("--baseline-seconds", type=float, default=60.0, help="of each run (default 60)")
     add("--minutes", type=float, nargs="+", default=[10.0], help="times of row 3 (default 10)")
     add("--steps", type=int, nargs="+", help="as many steps for each of them, whatever they take")
     add("--precision", choices=("auto", "float32", "bfloat16"), default="auto",
-        help="of ours in rows 1 to 4 and 6 (default auto: bfloat16 where it is faster)")
-    add("--megabytes", type=int, nargs="+", default=[64, 256, 1024], help="sizes of row memory")
+        help="of ours in rows 3 and 6 (default auto: bfloat16 where it is faster)")
     options = parser.parse_args()
     if options.steps and len(options.steps) != len(options.minutes):
         parser.error("--steps needs as many numbers as --minutes")
@@ -570,7 +350,8 @@ def main():
         for result in function(options):
             result = {k: round(v, 4) if isinstance(v, float) else v for k, v in result.items()}
             shown = {name: value for name, value in result.items() if value is not None}
-            print(json.dumps(result) if options.json else "row {row}: {what}: {value} {unit}; ".format(
+            print(json.dumps(result) if options.json
+                  else "row {row}: {what}: {value} {unit}; ".format(
                 **shown) + str({k: shown[k] for k in list(shown)[4:]}), flush=True)
 
 

@@ -1,4 +1,4 @@
-"""The notebook on an accelerator written in Python (pretend.py): every tensor is where it must be, and bfloat16 works as CUDA's autocast has it.
+"""The notebook on an accelerator written in Python (pretend.py): every tensor is where it must be.
 
 The device stays for the life of a process, so each test has one of its own."""
 import multiprocessing, os, pathlib, types
@@ -6,13 +6,18 @@ import multiprocessing, os, pathlib, types
 import pytest
 import torch
 
-from conftest import cells_of_sections, load_library
+import referees
+from conftest import load_library, run_cells
 
-WITH_PRETEND = [('one_of("auto", "cpu", "cuda", "mps")', 'one_of("auto", "cpu", "cuda", "mps", "pretend")'),
-                ('available = {"cuda":', 'available = {"pretend": True, "cuda":'),
-                ('if device.type == "cuda":\n        torch.set_float32_matmul_precision', 'if device.type != "cpu":\n        torch.set_float32_matmul_precision'),
-                ('8192 if device.type == "cuda" else 1024', '64')]                    # here no speed is measured
-PARTS = [{}, dict(optimizer="adamw", position="learned", norm="layernorm", activation="gelu", bias=True, tie_embeddings=True), dict(dropout=0.1, position="sinusoidal")]
+WITH_PRETEND = [
+    ('Literal["auto", "cpu", "cuda", "mps"]', 'Literal["auto", "cpu", "cuda", "mps", "pretend"]'),
+    ('found = {"cuda":', 'found = {"pretend": True, "cuda":'),
+    ('if device.type == "cuda":\n        torch.set_float32_matmul_precision',
+     'if device.type != "cpu":\n        torch.set_float32_matmul_precision'),
+    ('8192 if device.type == "cuda" else 1024', "64")]                # here no speed is measured
+PARTS = [{}, dict(position="sinusoidal"),  # (dropout would draw other numbers there)
+         dict(optimizer="adamw", position="learned", norm="layernorm", activation="gelu",
+              bias=True, tie_embeddings=True)]
 
 
 def in_a_new_process(function, *arguments):
@@ -21,50 +26,49 @@ def in_a_new_process(function, *arguments):
 
 
 def train_there(changes):
-    """[losses on the CPU, on pretend in float32, there in bfloat16]; scores and texts of the first two."""
+    """[losses on the CPU, on pretend in float32, there in bfloat16]; scores and texts of the first
+    two."""
     import pretend
     library = load_library(WITH_PRETEND)
-    settings = library.make_settings("smoke", max_steps=12, context_length=32, **changes)
     tokens = torch.randint(200, (4000,), generator=torch.Generator().manual_seed(0))
     losses, models = [], []
-    for device, precision in (("cpu", torch.float32), ("pretend", torch.float32), ("pretend", torch.bfloat16)):
-        torch.manual_seed(0)
-        models.append(library.GPT(library.make_config(settings, 200)).to(device))
-        losses.append(library.train(models[-1], library.make_optimizers(models[-1], settings, precision), tokens, settings, library.new_history(),
-                                    torch.Generator().manual_seed(0), precision)["loss"])
+    for device, precision in (("cpu", torch.float32), ("pretend", torch.float32),
+                              ("pretend", torch.bfloat16)):
+        run = referees.small_run(library, 200, device, precision, context_length=32, **changes)
+        models.append(run.model)
+        losses.append(library.train(run, tokens, show=False)["loss"])
     scores = [library.per_token_losses(model, tokens[:200]).tolist() for model in models[:2]]
-    written = [[int(token) for token in library.stream_tokens(model, tokens[None, :5], 20, top_k=20, seed=3)] for model in models[:2]]
-    with torch.autocast("pretend", torch.bfloat16):     # the largest thing that a step keeps; CUDA's autocast would raise it to float32
-        weights = torch.ones(4, 4, device="pretend")
-        assert library.attention_weights(weights, weights).dtype == torch.bfloat16
+    written = [list(map(int, library.stream_tokens(model, tokens[None, :5], 20, top_k=20, seed=3)))
+               for model in models[:2]]
     assert pretend.operations > 1000 and next(models[1].parameters()).device.type == "pretend"
     return losses, scores, written
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("parts", PARTS, ids=["today's parts", "GPT-2's parts", "the rest"])
+@pytest.mark.parametrize("parts", PARTS, ids=["today's parts", "fixed waves", "GPT-2's parts"])
 def test_training_scoring_and_writing_on_another_device(parts):
     (here, there, halved), scores, written = in_a_new_process(train_there, parts)
-    assert here == there and here[-1] < here[0] and scores[0] == scores[1] and written[0] == written[1]      # the same arithmetic, so the same numbers
+    # the same arithmetic, so the same numbers
+    assert here == there and here[-1] < here[0]
+    assert scores[0] == scores[1] and written[0] == written[1]
     assert here != halved and max(abs(a - b) for a, b in zip(here, halved)) < 0.01
 
 
 def carried_over(folder):
-    """A run is stopped on one device, saved, and goes on there and on the CPU: the losses of the three runs."""
+    """A run is stopped on one device, saved, and goes on there and on the CPU: the losses of the
+    three runs."""
     import pretend  # noqa: F401
     library, ends, path = load_library(WITH_PRETEND), [], pathlib.Path(folder, "run.pt")
     tokens = torch.randint(200, (4000,), generator=torch.Generator().manual_seed(0))
-    settings = library.make_settings("smoke", max_steps=10, context_length=32)
     for device in ("pretend", "pretend", "cpu"):
-        torch.manual_seed(0)
-        model = library.GPT(library.make_config(settings, 200)).to(device)
-        run, generator = (model, library.make_optimizers(model, settings)), torch.Generator().manual_seed(0)
-        history = library.load_checkpoint(path, *run, generator, stamp="s")["history"] if path.exists() else library.new_history()
-
-        def save(history):
-            if len(history["loss"]) == 4 and not path.exists():
-                library.save_checkpoint(path, *run, history, settings, [], generator, "s")
-        ends.append(library.train(*run, tokens, settings, history, generator, after_step=save)["loss"])
+        run = referees.small_run(library, 200, device, max_steps=10, context_length=32)
+        if not path.exists():
+            for name, value in zip(("loss", "norm", "rate"), library.training_step(run, tokens)):
+                run.history[name].append(value)
+            library.save_checkpoint(path, run, [], "s")
+        else:
+            library.load_checkpoint(path, run, "s")
+        ends.append(library.train(run, tokens, show=False)["loss"])
     return ends
 
 
@@ -78,22 +82,23 @@ def every_section(folder, precision):
     import pretend
     IPython.display.display = lambda *a, **k: types.SimpleNamespace(update=lambda *a, **k: None)
     os.chdir(folder)
-    space, small = {"__name__": "run"}, "corpus_megabytes=0.4, max_steps=15, n_layer=1, n_embd=32, context_length=32, evaluations=1, samples=4, sample_tokens=24"
-    cells = cells_of_sections(0, 9) + cells_of_sections(10, 12, without={"exercise"}) + [cell for cell in cells_of_sections(13, 13) if "define" in cell[1]]
-    for source, tags in cells + cells_of_sections(14, 14):
-        if "parameters" in tags:
-            source = f'preset = "smoke"\nchanges = dict(device="pretend", precision="{precision}", {small})'
-        for old, new in WITH_PRETEND:
-            source = source.replace(old, new)
-        if "together_command(folder)" not in source:             # that is for the CPU
-            exec(compile(source, "cell", "exec"), space)
-    assert space["device"].type == next(space["model"].parameters()).device.type == "pretend" and space["precision"] == getattr(torch, precision)
+    settings = (f'preset = "smoke"\nchanges = dict(device="pretend", precision="{precision}", '
+                'corpus_megabytes=0.4, max_steps=15, n_layer=1, n_embd=32, context_length=32, '
+                'dropout=0.1, evaluations=1, samples=4, sample_tokens=24)')
+    quick = ("check", "exercise")
+    space = run_cells(0, 8, settings, WITH_PRETEND, quick)
+    run_cells(9, 12, "", WITH_PRETEND, space=space)
+    run_cells(13, 13, "", WITH_PRETEND, (*quick, "run"), space=space)  # the definitions alone
+    run_cells(14, 14, "", WITH_PRETEND, quick, "together_command(", space)  # that is for the CPU
+    assert space["device"].type == next(space["model"].parameters()).device.type == "pretend"
+    assert space["precision"] == getattr(torch, precision)
     assert torch.get_float32_matmul_precision() == "high" and pretend.operations > 20_000
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("precision", ["bfloat16", pytest.param("float32", marks=pytest.mark.slow)])
 def test_every_section_runs_on_another_device(tmp_path, monkeypatch, precision):
-    """With TF32's rounding of the factors in both, since sections 10 to 12 compute in float32 in any case."""
+    """With TF32's rounding of the factors in both, since sections 10 to 12 compute in float32 in
+    any case."""
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     in_a_new_process(every_section, str(tmp_path), precision)

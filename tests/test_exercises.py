@@ -46,7 +46,8 @@ WRONG = {  # [(what its check must say, a wrong answer), or (…, part of the so
         ("itself must be 0", "[:, None] - torch", "[:, None] + 1 - torch")],
     "cache_bytes": [("keys alone", "2 * ", ""), ("one layer", "config.n_layer * ", ""),
         ("share the width", "n_embd", "n_embd * config.n_head"),
-        ("these tokens alone", "tokens", "config.context_length"), ("count", " * bytes_per_number", "")],
+        ("these tokens alone", "tokens", "config.context_length"),
+        ("count", " * bytes_per_number", "")],
     "gpt2_parameters": [("output layer", FORMULA + ", tie_embeddings=False))"),
         ("table of positions", FORMULA + ", position='none'))"),
         ("biases", FORMULA + ", bias=False))"), ("LayerNorm", FORMULA + ")) - 2 * n_embd"),
@@ -54,7 +55,8 @@ WRONG = {  # [(what its check must say, a wrong answer), or (…, part of the so
     "cosine_rate": [("no warm-up", "step < warmup_steps", "False"),
         ("step 0 is 0", "(step + 1) / (warmup_steps + 1)", "step / warmup_steps"),
         ("straight line", COSINE, "1 - ("), ("returns nothing", "return ", ""),
-        ("step 4 should be near 0.45", "(warmup_steps + 1)", "warmup_steps"), ("near 0", COSINE, "math.cos(math.pi / 4 *")],
+        ("step 4 should be near 0.45", "(warmup_steps + 1)", "warmup_steps"),
+        ("near 0", COSINE, "math.cos(math.pi / 4 *")],
     "lion_step": [("uphill", "- rate * direction", "+ rate * direction"),
         ("Weight decay is missing", "* (1 - rate * decay)", ""),
         ("gradient alone", MIX, "torch.sign(gradient)"), ("sign is missing", "torch.sign", ""),
@@ -70,7 +72,8 @@ WRONG = {  # [(what its check must say, a wrong answer), or (…, part of the so
         ("is larger", "penalty if logits[token] < 0 else 1 / penalty", "1 / penalty"),
         ("punished once", "set(written)", "written"), ("changes its argument", ".clone()", "")],
     "beam_search": [("greedy", "[:width]", ""), ("logarithms", "total + p", "p"),
-        ("likeliest token", "[:width]", "[:1]"), ("all extensions", "[:width]", "[:width if not beams[0][1] else None]")],
+        ("likeliest token", "[:width]", "[:1]"),
+        ("all extensions", "[:width]", "[:width if not beams[0][1] else None]")],
     "induction_weight": [("first occurrence", "last[token] = i", "last.setdefault(token, i)"),
         ("itself", "] + 1]", "]]"), ("divides by all tokens", "/ len(found)", "/ len(tokens)"),
         ("the mean", " / len(found)", ""), ("occurred before", " if found else 0.0", "")],
@@ -93,12 +96,14 @@ def test_there_are_enough_exercises_in_three_levels(library):
 
 
 @pytest.mark.parametrize("name, words, answer", [
-    (n, w, a) for n in WRONG for w, *a in [*WRONG[n], ("It stopped with NameError", "return undefined_name")]])
+    (n, w, a) for n in WRONG for w, *a in [*WRONG[n],
+                                           ("It stopped with NameError", "return undefined_name")]])
 def test_a_typical_mistake_is_named(library, name, words, answer):
     """What the check says of a stub with a body, or of the solution with an edit."""
     own, body = dict(vars(library)), functions("solution")[name].split("\n", 1)[1].strip()
     assert len(answer) == 1 or answer[0] in body
-    exec(functions("exercise")[name].split('"""')[0] + (body.replace(*answer) if answer[1:] else answer[0]), own)
+    exec(functions("exercise")[name].split('"""')[0]
+         + (body.replace(*answer) if answer[1:] else answer[0]), own)
     said = library.check_exercise(own[name])
     assert said.startswith("not right yet.") and words in said and "\n" not in said, said
 

@@ -1,88 +1,71 @@
 """Section 13's labs, and the model that ships: what they claim can be had again."""
-import dataclasses, json, re, shutil, sys, threading
+import dataclasses, json, re, shutil
 
 import pytest
 import torch
 
 import referees
-from conftest import ROOT, cells_of_sections, code_cells, committed, outputs_text, run_with
+from conftest import ROOT, code_cells, committed, outputs_text, run_with
 
 RECORDS = json.loads((ROOT / "checkpoints" / "recorded.json").read_text(encoding="utf-8"))
-POINTS = {"parts": "part_points(settings)", "positions": "position_points(settings)",
-          "sizes": "size_points(settings, tokenizer.n_vocab)"}
+POINTS = {"parts": "part_points(lab_settings)", "positions": "position_points(lab_settings)",
+          "sizes": "size_points(lab_settings, tokenizer.n_vocab)"}
 
 
 @pytest.mark.parametrize("lab", POINTS)
 def test_records_fit_the_points_of_the_labs(library, lab):
     settings, record = library.make_settings("laptop"), RECORDS[lab]
-    assert any(POINTS[lab] in "".join(cell["source"]) for _, cell in code_cells()), "the lab has other points"
-    points = eval(POINTS[lab].replace("tokenizer.n_vocab", "2048"), vars(library) | dict(settings=settings))
+    assert any(POINTS[lab] in "".join(cell["source"]) for _,
+               cell in code_cells()), "the lab has other points"
+    points = eval(POINTS[lab].replace("tokenizer.n_vocab", "2048"),
+                  vars(library) | dict(lab_settings=settings))
     assert list(record["rows"]) == list(points) and len(record["seeds"]) >= 3
-    assert library.Settings(**record["settings"]).preset == "laptop"
+    assert record["settings"]["preset"] == "laptop"
     for name, row in record["rows"].items():
-        config = library.make_config(points[name], 2048)
-        assert row["parameters"] == library.matrix_parameters(config)
         assert all(len(scores) >= 3 for scores in row["scores"].values())
-        assert {step for steps in row["steps"].values() for step in steps} == {points[name].max_steps}
-
-
-@pytest.mark.long
-@pytest.mark.parametrize("lab", ["sizes", *(pytest.param(lab, marks=pytest.mark.slow) for lab in list(POINTS)[:2])])
-def test_a_recorded_run_can_be_repeated(library, lab, tmp_path, monkeypatch):
-    """The first point of a lab, with its seed and number of steps. Another Python's standard library is a
-    slightly different text, and another processor rounds in another way: hence the margin."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("GPT_PRESET", "laptop")
-    space = dict(vars(library))
-    for source, _ in cells_of_sections(0, 4):
-        exec(source, space)
-    name, row = next(iter(RECORDS[lab]["rows"].items()))
-    kind = list(row["scores"])[0]
-    steps = (row["steps"].get(kind) or next(iter(row["steps"].values())))[0]
-    point, tokenizer = dataclasses.replace(eval(POINTS[lab], space)[name], max_steps=steps, seed=1), space["tokenizer"]
-    model, _ = library.experiment(point, space["train_tokens"], tokenizer, torch.device("cpu"), torch.float32)
-    piece = library.spread_sample(space["validation_tokens"], 40_000)
-    score = library.evaluate(model, piece, library.count_bytes(tokenizer, piece))["bits_per_byte"]
-    assert abs(score - row["scores"][kind][0]) < (0.02 if sys.version_info[:2] == (3, 11) else 0.15), (score, row["scores"][kind])
+        assert set(row["steps"]) == {points[name].max_steps}
 
 
 def small_lab(library):
     tokens = torch.randint(60, (4000,), generator=torch.Generator().manual_seed(0))
     tokenizer = type("Tokenizer", (), {"n_vocab": 61, "eot_token": 60})
-    return dict(tokens=tokens, tokenizer=tokenizer, device=torch.device("cpu"), precision=torch.float32)
+    return dict(tokens=tokens, tokenizer=tokenizer, device=torch.device("cpu"),
+                precision=torch.float32)
 
 
 def small_settings(library, **changes):
-    return dataclasses.replace(library.make_settings("smoke"), batch_size=8, accumulation_steps=1, context_length=32,
+    return dataclasses.replace(library.make_settings("smoke"), batch_size=8, accumulation_steps=1,
+                               context_length=32,
                                max_steps=30, **changes)
 
 
 def test_a_sweep_can_be_recorded_read_and_drawn(library, tmp_path, capsys):
     settings = small_settings(library, n_embd=16, checkpoint_dir=str(tmp_path))
-    points, score = library.varied(settings, {}, dict(n_layer=1)), lambda model: float(model.config.n_layer)
-    arguments = points, (1, 2, 3), {"0.1 s": 0.1, "30 steps": None}, score
-    assert library.recorded("mine", settings, *arguments, **small_lab(library)) is None
+    points = library.varied(settings, {}, dict(n_layer=1))
+
+    def score(model):
+        return {"validation text": float(model.config.n_layer)}
+    assert library.recorded("mine", points, (1, 2, 3), score, **small_lab(library)) is None
     assert "has no runs 'mine'" in capsys.readouterr().out
-    (tmp_path / "recorded.json").write_text("{")                          # damaged: made anew
-    record = library.recorded("mine", dataclasses.replace(settings, record_labs=True), *arguments, **small_lab(library))
-    assert library.recorded("mine", settings, *arguments) == json.loads(json.dumps(record))
-    assert list(record["rows"]) == ["as set", "n_layer=1"] and record["seeds"] == [1, 2, 3]
-    assert record["rows"]["n_layer=1"]["scores"] == {"0.1 s": [1.0] * 3, "30 steps": [1.0] * 3}
-    assert record["rows"]["as set"]["steps"]["30 steps"] == [30] * 3 and min(record["rows"]["as set"]["steps"]["0.1 s"]) >= 8
-    left, right = library.plot_sweep(record, {"n_layer=1": "as set"}).axes
-    assert [line.get_text() for line in left.get_yticklabels()] == ["as set", "n_layer=1"]
-    assert [bar.lines[0].get_markerfacecolor() for bar in right.containers] == ["white", "C0"]       # as set, separated
+    anew = library.varied(dataclasses.replace(settings, record_labs=True), {}, dict(n_layer=1))
+    record = library.recorded("mine", anew, (1, 2, 3), score, **small_lab(library))
+    again = library.recorded("mine", points, (1, 2, 3), score)
+    assert again["rows"] == json.loads(json.dumps(record["rows"])) and record["seeds"] == [1, 2, 3]
+    assert record["rows"]["n_layer=1"]["scores"] == {"validation text": [1.0] * 3}
+    assert record["rows"]["as set"]["steps"] == [30] * 3
+    axes, = library.plot_sweep(record, "title", {"n_layer=1": "as set"}).axes
+    assert [line.get_text() for line in axes.get_yticklabels()] == ["as set", "n_layer=1"]
+    assert [bar.lines[0].get_markerfacecolor() for bar in axes.containers] == ["white", "C0"]
 
 
-def test_an_experiment_stops_after_a_whole_step_and_does_not_compile(library, monkeypatch):
-    monkeypatch.setattr(library.torch, "compile", None)
-    stop, said = threading.Event(), []
-    def say(text):
-        said.append(text)
-        stop.set()
-    settings = small_settings(library, compile="yes")
-    _, history = library.experiment(settings, **small_lab(library), stop=stop, say=say, seconds=1000)
-    assert said and 0 < len(history["loss"]) == int(re.match(r"step (\d+) of", said[-1]).group(1))
+def test_a_swap_says_which_is_better(library):
+    settings, lab = small_settings(library), small_lab(library)
+    scores = iter([2.0, 1.0] * 2 + [1.0, 2.0] * 2 + [1.0, 2.0, 2.0, 1.0])
+    verdicts = [library.swap({"Block": library.ShiftedBlock}, settings, (1, 2), None,
+                             lambda model: {"validation text": next(scores)}, **lab)
+                for _ in range(3)]
+    assert [verdict.split(" with")[0].split(":")[0] for verdict in verdicts] == [
+        "Yours is better", "Yours is worse", "The seeds don't agree"]
 
 
 def test_a_model_reads_further_with_the_same_weights(library):
@@ -90,7 +73,7 @@ def test_a_model_reads_further_with_the_same_weights(library):
     for position in ("none", "sinusoidal", "rotary", "learned"):
         config = referees.small_config(library, position=position, context_length=12)
         model = referees.scrambled(library, config).float()
-        found = library.scores_further(lambda twin: twin(tokens)[0], model)
+        found = library.scores_further(lambda twin: {"validation text": twin(tokens)[0]}, model)
         assert list(found) == ["×1", "×2", "×4"][:1 if position == "learned" else 3]
         assert all(torch.allclose(logits, model(tokens)[0], atol=1e-6) for logits in found.values())
 
@@ -103,20 +86,29 @@ def test_replaced_definitions_come_back(library):
     assert library.get_batch is before
 
 
-@pytest.mark.parametrize("name, check", [("leaky mask", "no later token"), ("unshifted targets", "targets are"),
-                                         ("no 1/√d", "attention equals"), ("no residual", "every parameter")])
-def test_a_check_of_the_gallery_catches_its_failure_and_passes_the_healthy_twin(library, name, check):
-    lab, failure = small_lab(library), library.failures()[name]
-    (good, _, fine), (bad, _, failed) = library.run_pair(failure, small_settings(library), lab["tokens"][:500], **lab)
-    assert not fine and len(failed) == 1 and next(iter(failed)).startswith(check) and len(good) == len(bad) == 30
+@pytest.mark.parametrize("name, check", [
+    ("leaky mask", "no later token"), ("unshifted targets", "targets are"),
+    ("no 1/√d", "attention equals"), ("no residual", "every parameter"),
+    ("infinite weight", "the training step")])
+def test_the_gallery_catches_a_failure_and_passes_the_healthy_twin(library, name, check):
+    lab, failure = small_lab(library), library.FAILURES[name]
+    settings = small_settings(library, **failure.get("both", {}))
+    validation = lab["tokens"][:500]
+    good, _, fine = library.train_and_check(settings, {}, False, validation, **lab)
+    _, _, failed = library.train_and_check(settings, failure["replace"], "fooled" in failure,
+                                           validation, **lab)
+    assert not fine and len(failed) == 1 and next(iter(failed)).startswith(check)
+    assert len(good) == 30
 
 
 def test_the_committed_gallery_shows_and_catches_all(library):
     text = outputs_text(json.loads(committed("gpt_from_scratch.ipynb")))
-    for name in library.failures():
+    for name in library.FAILURES:
         broken, healthy, caught = re.search(
-            rf"{re.escape(name)}: .*; validation ([\d.]+), healthy ([\d.]+)\.\n +caught by: (.*)", text).groups()
-        assert float(broken) > float(healthy) + 0.1 and "nothing" not in caught, name
+            rf"{re.escape(name)}: .*; validation ([\d.]+|nan), healthy ([\d.]+)\.\n"
+            r" +caught by: (.*)",
+            text).groups()
+        assert not float(broken) <= float(healthy) + 0.1 and "nothing" not in caught, name
 
 
 # The model that ships
@@ -124,7 +116,8 @@ def test_the_committed_gallery_shows_and_catches_all(library):
 @pytest.fixture
 def copy(tmp_path):
     """A folder with the checkpoints that ship, in a folder of their name."""
-    shutil.copytree(ROOT / "checkpoints", tmp_path / "checkpoints", ignore=shutil.ignore_patterns("*.lock"))
+    shutil.copytree(ROOT / "checkpoints", tmp_path / "checkpoints",
+                    ignore=shutil.ignore_patterns("*.lock"))
     return tmp_path
 
 
@@ -135,23 +128,31 @@ def test_the_pretrained_model_opens_and_scores_what_it_says(library, copy):
     text = run_with(copy, 'preset, changes = "pretrained", dict(samples=200)', "## 12 ")
     score = float(re.search(r"^GPT +([\d.]+) bits per byte", text, re.M).group(1))
     valid = float(re.search(r"^GPT, min-p 0.1 .*?%.*? +([\d.]+)% ", text, re.M).group(1)) / 100
-    assert abs(score - said["bits_per_byte"]) < 0.04 and abs(valid - said["valid, min-p 0.1"]) < 0.08
+    assert abs(score - said["bits_per_byte"]) < 0.04 and abs(
+        valid - said["valid, min-p 0.1"]) < 0.08
 
 
 def test_readme_gives_the_scores_of_the_pretrained_model():
-    scores = json.loads((ROOT / "checkpoints" / "pretrained.json").read_text(encoding="utf-8"))["scores"]
-    said = re.search(r"On the held-out files of the standard library it scores (.*?)\. ", committed("README.md")).group(1)
+    scores = json.loads((ROOT / "checkpoints" / "pretrained.json").read_text(encoding="utf-8"))[
+        "scores"]
+    said = re.search(r"On the held-out files of the standard library it scores (.*?)\. ",
+                     committed("README.md")).group(1)
     assert re.findall(r"[\d.]+%|0\.\d{3}", said) == [
-        f"{scores['bits_per_byte']:.3f}", f"{scores['test_bits_per_byte']:.3f}", f"{scores['valid']:.1%}", f"{scores['valid, min-p 0.1']:.1%}"]
+        f"{scores['bits_per_byte']:.3f}", f"{scores['test_bits_per_byte']:.3f}",
+        f"{scores['valid']:.1%}", f"{scores['valid, min-p 0.1']:.1%}"]
 
 
 @pytest.mark.long
 def test_training_can_go_on_from_the_pretrained_model(copy):
-    text = run_with(copy, 'preset = "pretrained"\nchanges = dict(pretrained=False, start_from="pretrained", max_steps=3, context_length=128, '
-                    'corpus_megabytes=0.8, held_out_fraction=0.12, evaluations=1, warmup_steps=0, sample_tokens=16)',
-                    "What the run went through", ["print('FIRST LOSS', history['loss'][0], len(history['loss']))"])
+    changes = dict(pretrained=False, start_from="pretrained", max_steps=3, context_length=128,
+                   corpus_megabytes=0.8, held_out_fraction=0.12, evaluations=1, warmup_steps=0,
+                   sample_tokens=16)
+    text = run_with(copy, f'preset = "pretrained"\nchanges = {changes!r}',
+                    "What the run went through",
+                    ["print('FIRST LOSS', history['loss'][0], len(history['loss']))"])
     loss, steps = re.search(r"FIRST LOSS ([\d.]+) (\d+)", text).groups()
-    assert "goes on from the model that ships" in text and float(loss) < 3 and steps == "3"  # a new one: ln 2048 = 7.6
+    assert "goes on from the model that ships" in text
+    assert float(loss) < 3 and steps == "3"                 # a new one: ln 2048 = 7.6
 
 
 def test_the_pretrained_model_is_small_and_in_half_precision(library):
@@ -162,11 +163,11 @@ def test_the_pretrained_model_is_small_and_in_half_precision(library):
 
 @pytest.mark.parametrize("name, content, words", [
     ("json", None, "pretrained.json can't be read"), ("json", "{", "pretrained.json can't be read"),
-    ("json", '{"settings": {}, "merges": [["zz", "61"]]}', "pretrained.json can't be read"),
-    ("pt", None, "its weights can't be had"), ("pt", "cut", "no whole checkpoint")])
+    ("pt", None, "its weights can't be had"), ("pt", "cut", "its weights can't be had")])
 def test_a_damaged_pretrained_model_is_refused_in_a_sentence(library, copy, name, content, words):
     settings = library.make_settings("pretrained", checkpoint_dir=str(copy / "checkpoints"))
-    merges, model = library.make_tokenizer(settings, [])[0], library.GPT(library.make_config(settings, 2048))
+    merges, model = library.make_tokenizer(settings, [])[0], library.GPT(
+        library.make_config(settings, 2048))
     path = copy / "checkpoints" / f"pretrained.{name}"
     whole = path.read_bytes()
     path.unlink()
@@ -177,8 +178,10 @@ def test_a_damaged_pretrained_model_is_refused_in_a_sentence(library, copy, name
     assert "\n" not in str(caught.value) and "pretrained=False" in str(caught.value)
 
 
-@pytest.mark.parametrize("changes, words", [(dict(n_layer=4), "n_layer is 4, but the pretrained model has 6"),
-                                            (dict(vocab_size=512), "vocab_size is 512, but the pretrained model has 2048")])
+@pytest.mark.parametrize("changes, words", [
+    (dict(n_layer=4), "n_layer is 4, but the pretrained model has 6"),
+    (dict(vocab_size=512), "vocab_size is 512, but the pretrained model has 2048")])
 def test_another_shape_than_the_pretrained_is_refused_in_a_sentence(library, copy, changes, words):
     with pytest.raises(ValueError, match=words):
-        library.make_tokenizer(library.make_settings("pretrained", **changes, checkpoint_dir=str(copy / "checkpoints")), [])
+        library.make_tokenizer(library.make_settings("pretrained", **changes,
+                                                     checkpoint_dir=str(copy / "checkpoints")), [])
