@@ -48,9 +48,12 @@ def train_there(changes):
 @pytest.mark.parametrize("parts", PARTS, ids=["today's parts", "fixed waves", "GPT-2's parts"])
 def test_training_scoring_and_writing_on_another_device(parts):
     (here, there, halved), scores, written = in_a_new_process(train_there, parts)
-    # the same arithmetic, so the same numbers
-    assert here == there and here[-1] < here[0]
-    assert scores[0] == scores[1] and written[0] == written[1]
+    # the same arithmetic; only where the output is tied, two gradients are added in another order
+    assert here == there or "tie_embeddings" in parts
+    assert max(abs(a - b) for a, b in zip(here, there)) < 0.02 and here[-1] < here[0]
+    assert (scores[0], written[0]) == (scores[1], written[1]) or here != there
+    one, other = torch.tensor(scores).mean(1)
+    assert abs(one - other) < 0.05
     assert here != halved and max(abs(a - b) for a, b in zip(here, halved)) < 0.01
 
 

@@ -358,8 +358,10 @@ def test_seeds_samples_and_the_end_of_text(library, model, tokenizer, monkeypatc
     assert one == again != other and len(set(one)) == 3
     rows = torch.tensor([[104, 105], [tokenizer.eot_token, 33], [33, tokenizer.eot_token], [7, 7]])
     monkeypatch.setattr(library, "stream_tokens", lambda *_, **__: iter(rows))
-    assert library.generate(None, tokenizer, "o", samples=2) == ["oh",
-        "oi!"], "each to its end, and no further"
+    texts = library.generate(model, tokenizer, "o", samples=2)
+    assert texts == ["oh", "oi!"], "each to its end, and no further"
+    with pytest.raises(AssertionError, match="the model has .* tokens, the tokenizer 257"):
+        library.generate(model, library.build_tokenizer([]), "o")
 
 
 def test_frozen_parameters_stay_and_the_rest_learns(library):

@@ -19,7 +19,6 @@ MISTAKES = [
     ("torch.arange(len(tokens) - context_length)", "torch.arange(len(tokens) - context_length - 1)",
      3, None),
     ("range(start, max(start + 1,", "range(start + 1, max(start + 2,", 3, None),
-    ("result[place] = texts[origin]", "result[origin] = texts[origin]", 3, None),
     ("y = x @ self.weight.T", "y = x @ self.weight", 4, None),
     ("is None else y + self.bias.to(y.dtype)", "is None else y", 4, None),
     ("0.55 / math.sqrt(in_features)", "0.55 / math.sqrt(out_features)", 4, None),
